@@ -1,0 +1,1 @@
+"""The sub-commands of `vllm-selfspec`, one module each, imported only when the command is run."""
