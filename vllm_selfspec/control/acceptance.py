@@ -1,0 +1,163 @@
+"""What fraction of the drafts is accepted: decayed estimates per draft position.
+
+Rejection sampling verifies drafts left to right and stops at the first rejection, so a request that drafted ``d``
+tokens and had ``a`` accepted is ``min(a + 1, d)`` Bernoulli trials: positions 1..a succeeded and, when a < d, position
+a + 1 failed. Position k therefore has a *conditional* acceptance a_k (given that positions 1..k-1 were accepted), and
+a cycle of γ drafts yields τ(γ) = Σ_{k=0..γ} Π_{i≤k} a_i tokens (Leviathan et al., arXiv 2211.17192). Pooling the
+trials of all requests keeps τ exact for a mixture of easy and hard requests: the later positions are only tried by the
+survivors.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+
+class AcceptanceEstimator:
+    """Decayed acceptance per draft position, with a prior, and optionally per request.
+
+    Args:
+        max_draft_tokens: the largest γ that will be asked for, ≥ 1.
+        window: trials after which old evidence has lost 63 % of its weight. Counted per position and per trial, never
+            by the clock, so the estimates survive stretches without drafting unchanged.
+        prior_mean: acceptance assumed before any draft was verified, in (0, 1).
+        prior_strength: weight of a position's prior, in trials. Position k's prior is the estimate of position k-1:
+            deep positions, which are seldom reached, start from what their neighbour has learnt.
+        per_request: also keep one acceptance number per request (`expected_tokens_of`). It costs a dict look-up for
+            each observation and pays off where few, unlike requests run together.
+        max_requests: requests remembered at most; the least recently seen is dropped first.
+    """
+
+    def __init__(
+        self,
+        max_draft_tokens: int,
+        *,
+        window: float = 512.0,
+        prior_mean: float = 0.8,
+        prior_strength: float = 4.0,
+        per_request: bool = False,
+        max_requests: int = 4096,
+    ) -> None:
+        if max_draft_tokens < 1:
+            raise ValueError(f"max_draft_tokens is {max_draft_tokens}: an acceptance estimate needs at least 1.")
+        if not 0.0 < prior_mean < 1.0:
+            raise ValueError(f"prior_mean is {prior_mean}: give an acceptance between 0 and 1, both excluded.")
+        if window <= 1.0 or prior_strength <= 0.0:
+            raise ValueError(f"window ({window}) must exceed 1 and prior_strength ({prior_strength}) must exceed 0.")
+        self.max_draft_tokens = max_draft_tokens
+        self.per_request = per_request
+        self._keep = 1.0 - 1.0 / window
+        self._prior_mean = prior_mean
+        self._prior_strength = prior_strength
+        self._max_requests = max_requests
+        self._accepted = [0.0] * max_draft_tokens
+        self._tried = [0.0] * max_draft_tokens
+        self._requests: OrderedDict[str, list[float]] = OrderedDict()
+        self._rates: list[float] = []
+        self._tokens: list[float] = []
+        self._stale = True
+        self.total_drafted = 0
+        self.total_accepted = 0
+
+    def observe(self, num_drafted: int, num_accepted: int, request_id: str | None = None) -> None:
+        """Count one verified request-step: `num_accepted` of `num_drafted` drafts were accepted, left to right."""
+        if num_drafted <= 0:
+            return
+        if not 0 <= num_accepted <= num_drafted:
+            raise ValueError(
+                f"num_accepted is {num_accepted} of num_drafted {num_drafted}: it must lie between 0 and it."
+            )
+        self.total_drafted += num_drafted
+        self.total_accepted += num_accepted
+        if num_drafted > self.max_draft_tokens:
+            num_drafted = self.max_draft_tokens
+            num_accepted = min(num_accepted, num_drafted)
+        keep, accepted, tried = self._keep, self._accepted, self._tried
+        for k in range(num_accepted):
+            accepted[k] = keep * accepted[k] + 1.0
+            tried[k] = keep * tried[k] + 1.0
+        if num_accepted < num_drafted:
+            accepted[num_accepted] *= keep
+            tried[num_accepted] = keep * tried[num_accepted] + 1.0
+        self._stale = True
+        if self.per_request and request_id is not None:
+            self._observe_request(request_id, num_drafted, num_accepted)
+
+    def _observe_request(self, request_id: str, num_drafted: int, num_accepted: int) -> None:
+        counts = self._requests.get(request_id)
+        if counts is None:
+            counts = self._requests[request_id] = [0.0, 0.0]
+            if len(self._requests) > self._max_requests:
+                self._requests.popitem(last=False)
+        else:
+            self._requests.move_to_end(request_id)
+        # A request's own window is short: it has to follow its text (prose, code, a table) within tens of steps.
+        keep = 0.97
+        counts[0] = keep * counts[0] + num_accepted
+        counts[1] = keep * counts[1] + min(num_accepted + 1, num_drafted)
+
+    def finish(self, request_id: str) -> None:
+        """Forget a request. Unknown ids are fine: most requests were never drafted for."""
+        self._requests.pop(request_id, None)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests with an own estimate."""
+        return len(self._requests)
+
+    def trials(self, position: int = 1) -> float:
+        """Decayed number of trials behind the estimate of draft position 1..max_draft_tokens."""
+        return self._tried[position - 1]
+
+    def _refresh(self) -> None:
+        rates, tokens = [], [1.0]
+        mean, strength, survival = self._prior_mean, self._prior_strength, 1.0
+        for accepted, tried in zip(self._accepted, self._tried, strict=True):
+            mean = (accepted + strength * mean) / (tried + strength)
+            rates.append(mean)
+            survival *= mean
+            tokens.append(tokens[-1] + survival)
+        self._rates, self._tokens, self._stale = rates, tokens, False
+
+    def rates(self) -> list[float]:
+        """Conditional acceptance a_1..a_max of each draft position."""
+        if self._stale:
+            self._refresh()
+        return self._rates
+
+    def expected_tokens_table(self) -> list[float]:
+        """τ(0..max_draft_tokens): tokens per request and cycle, the target's own token included. Do not modify."""
+        if self._stale:
+            self._refresh()
+        return self._tokens
+
+    def expected_tokens(self, num_draft_tokens: int) -> float:
+        """τ(γ) for one γ in 0..max_draft_tokens."""
+        return self.expected_tokens_table()[num_draft_tokens]
+
+    def expected_tokens_of(self, request_ids: Sequence[str]) -> list[float]:
+        """τ(0..max) averaged over these very requests (O(len(request_ids) · max): for small batches).
+
+        A request's conditional acceptances are the pooled ones moved by a common log-odds-free factor on the rejection
+        rate, shrunk towards the pooled estimate while the request has few trials.
+        """
+        pooled = self.rates()
+        if not request_ids or not self._requests:
+            return self.expected_tokens_table()
+        total = [0.0] * (self.max_draft_tokens + 1)
+        mean_rate = sum(pooled) / len(pooled)
+        for request_id in request_ids:
+            counts = self._requests.get(request_id)
+            if counts is None:
+                own = self._tokens
+            else:
+                shrunk = (counts[0] + 16.0 * mean_rate) / (counts[1] + 16.0)
+                factor = (1.0 - shrunk) / max(1e-6, 1.0 - mean_rate)
+                survival, own = 1.0, [1.0]
+                for rate in pooled:
+                    survival *= min(1.0, max(0.0, 1.0 - factor * (1.0 - rate)))
+                    own.append(own[-1] + survival)
+            for k, tokens in enumerate(own):
+                total[k] += tokens
+        return [tokens / len(request_ids) for tokens in total]

@@ -1,0 +1,164 @@
+"""Learning step times online, from the durations that a scheduler sees anyway.
+
+The predicted times of a cost model are multiplied by exp(x), one x for each (batch octave, verified draft length) and
+one for each batch octave of the draft forward. All x together are one Gaussian state with a prior covariance that says
+what is likely wrong: everything by a common factor (another machine), one kind of forward, one region. Each observed
+step is one noisy, linearised equation for the few x that it involves (an extended Kalman filter), so three steps
+correct a wrong scale everywhere while a kernel's odd spot is learnt where it is. Old evidence fades; a single outlier
+is ignored.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from vllm_selfspec.control.cost_model import CostModel, StepTimes
+
+_COMMON_SD, _KIND_SD, _LOCAL_SD = 1.0, 0.35, 0.20
+_PRIOR_COMMON_SD, _PRIOR_KIND_SD = 3.0, 0.7
+_NOISE_SD = 0.06
+_SURPRISE = 4.0
+_FADE_EVERY = 32
+
+
+class OnlineCorrection:
+    """Corrected step times on top of a cost model.
+
+    Args:
+        cost_model: the predictions to correct. `CostModel.prior` gets wider doubts than a measured one.
+        max_draft_tokens: the largest γ that occurs.
+        max_batch: batches above share the last octave.
+        memory_steps: steps after which unrefreshed knowledge has lost 63 % of its weight.
+    """
+
+    def __init__(
+        self,
+        cost_model: CostModel,
+        max_draft_tokens: int,
+        *,
+        max_batch: int = 1024,
+        memory_steps: float = 4096.0,
+    ) -> None:
+        self.cost_model = cost_model
+        self.max_draft_tokens = max_draft_tokens
+        self._octaves = round(math.log2(max(1, max_batch))) + 1
+        self._width = max_draft_tokens + 2  # verify 0..max, then draft
+        self._fade = _FADE_EVERY / memory_steps
+        self._prior = self._prior_covariance(cost_model.is_prior)
+        self._cov = self._prior.copy()
+        self._mean = np.zeros(len(self._prior))
+        self._updates = 0
+        self._surprises = 0
+        self.ignored = 0
+        self._base: dict[tuple[int, int], StepTimes] = {}
+        self._corrected: dict[tuple[int, int], tuple[int, StepTimes]] = {}
+
+    def _prior_covariance(self, unmeasured: bool) -> np.ndarray:
+        common, kind = (_PRIOR_COMMON_SD, _PRIOR_KIND_SD) if unmeasured else (_COMMON_SD, _KIND_SD)
+        octave = np.repeat(np.arange(self._octaves), self._width).astype(float)
+        slot = np.tile(np.arange(self._width), self._octaves)
+        is_draft = slot == self.max_draft_tokens + 1
+        near = np.exp(-0.5 * ((octave[:, None] - octave[None, :]) / 1.5) ** 2)
+        same = is_draft[:, None] == is_draft[None, :]
+        length = np.where(is_draft, 0, slot)
+        close = np.exp(-np.abs(length[:, None] - length[None, :]) / 2.0)
+        depth = length / max(1, self.max_draft_tokens)
+        slope = np.where(is_draft[:, None] | is_draft[None, :], 0.0, depth[:, None] * depth[None, :])
+        return np.asarray(
+            common**2 + same * (kind**2 + _LOCAL_SD**2 * near * close) + kind**2 * near * (0.25 * same + slope)
+        )
+
+    def _octave(self, batch: float) -> int:
+        return min(self._octaves - 1, round(math.log2(batch)) if batch > 1 else 0)
+
+    def _key(self, batch: float, seq: float) -> tuple[int, int]:
+        count = round(batch)
+        if count > 32:
+            count = round(count / (count.bit_length() - 4)) * (count.bit_length() - 4)
+        return max(1, count), round(4.0 * math.log2(max(1.0, seq)))
+
+    def _base_times(self, key: tuple[int, int]) -> StepTimes:
+        times = self._base.get(key)
+        if times is None:
+            times = self._base[key] = self.cost_model.step_times(key[0], 2.0 ** (key[1] / 4.0), self.max_draft_tokens)
+        return times
+
+    def step_times(self, batch: float, seq: float, max_draft_tokens: int) -> StepTimes:
+        """Corrected times for γ in 0..max_draft_tokens (≤ the maximum of the constructor)."""
+        key = self._key(batch, seq)
+        cached = self._corrected.get(key)
+        if cached is not None and cached[0] == self._updates:
+            return cached[1]
+        base = self._base_times(key)
+        start = self._octave(key[0]) * self._width
+        factors = np.exp(self._mean[start : start + self._width]).tolist()
+        times = StepTimes(
+            verify=tuple(t * f for t, f in zip(base.verify, factors[:-1], strict=True)),
+            draft=base.draft * factors[-1],
+            per_row=base.per_row * factors[self.max_draft_tokens],
+        )
+        self._corrected[key] = (self._updates, times)
+        return times
+
+    def doubt(self, batch: float) -> float:
+        """Standard deviation of log(T_D / T_T) near this batch: how well the drafting question is settled."""
+        start = self._octave(batch) * self._width
+        plain, draft = start, start + self._width - 1
+        variance = self._cov[plain, plain] + self._cov[draft, draft] - 2.0 * self._cov[plain, draft]
+        return math.sqrt(max(0.0, float(variance)))
+
+    def predict(self, batch: float, seq: float, num_verified: float, num_drafted: int, prefill_tokens: int) -> float:
+        """Seconds of one step that verifies `num_verified` and then drafts `num_drafted` tokens per request."""
+        return sum(self._parts(batch, seq, num_verified, num_drafted, prefill_tokens)[0])
+
+    def _parts(
+        self, batch: float, seq: float, num_verified: float, num_drafted: int, prefill_tokens: int
+    ) -> tuple[tuple[float, float], int, int]:
+        times = self.step_times(batch, seq, self.max_draft_tokens)
+        verified = min(self.max_draft_tokens, max(0, round(num_verified)))
+        rows = batch * (verified + 1) + prefill_tokens
+        forward = max(times.verify[verified], rows * times.per_row if prefill_tokens else 0.0)
+        start = self._octave(self._key(batch, seq)[0]) * self._width
+        return (forward, num_drafted * times.draft), start + verified, start + self._width - 1
+
+    def observe(
+        self,
+        seconds: float,
+        batch: float,
+        seq: float,
+        num_verified: float,
+        num_drafted: int,
+        prefill_tokens: int = 0,
+    ) -> bool:
+        """Learn from one step's duration. Returns False when it was set aside as an outlier."""
+        if not (seconds > 0.0 and math.isfinite(seconds)):
+            raise ValueError(f"a step took {seconds} seconds: durations must be positive.")
+        (forward, draft), verify_index, draft_index = self._parts(batch, seq, num_verified, num_drafted, prefill_tokens)
+        predicted = forward + draft
+        innovation = math.log(seconds / predicted)
+        share = forward / predicted
+        column = share * self._cov[verify_index] + (1.0 - share) * self._cov[draft_index]
+        # the marginal cost of prefill is known roughly, so mixed steps say little
+        noise = _NOISE_SD**2 + (0.25 if prefill_tokens else 0.0)
+        variance = float(share * column[verify_index] + (1.0 - share) * column[draft_index]) + noise
+        if innovation * innovation > _SURPRISE**2 * variance:
+            sign = 1 if innovation > 0 else -1
+            self._surprises = self._surprises + sign if self._surprises * sign >= 0 else sign
+            if abs(self._surprises) < 3:
+                self.ignored += 1
+                return False
+            # the third surprise to the same side is a change, not an outlier: doubt everything again
+            self._cov = 0.5 * (self._cov + self._prior)
+            self._surprises = 0
+            return self.observe(seconds, batch, seq, num_verified, num_drafted, prefill_tokens)
+        self._surprises = 0
+        limit = 2.0 * math.sqrt(variance)
+        gain = column / variance
+        self._mean += gain * min(limit, max(-limit, innovation))
+        self._cov -= np.multiply.outer(gain, column)
+        self._updates += 1
+        if self._updates % _FADE_EVERY == 0:
+            self._cov += self._fade * (self._prior - self._cov)
+        return True

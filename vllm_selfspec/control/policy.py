@@ -1,0 +1,346 @@
+"""How many tokens are drafted in a step. The draft length is decided in this file and nowhere else.
+
+`decide` is a pure function of the engine's state, predicted times, expected acceptance and the controller's memory.
+`Controller` owns the state around it: the acceptance estimate, the online correction of the predicted times, probes and
+counters. The scheduler owns one Controller.
+
+What a choice costs. Step k runs the target over the drafts of step k-1, then drafts γ_k. Choosing γ therefore costs
+γ·T_D now and T_V(γ) in the next step, and yields τ(γ) tokens per request: the policy maximises
+``Σ_requests τ(γ) / (γ·T_D + T_V(γ))``. Prefill rows ride in the same forward. What they would cost anyway is not
+charged to decoding, but they use up the compute that verification gets for free in a memory-bound step, so drafting
+pays less.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from vllm_selfspec.control.acceptance import AcceptanceEstimator
+from vllm_selfspec.control.correction import OnlineCorrection
+from vllm_selfspec.control.cost_model import CostModel, StepTimes
+
+
+class Reason(StrEnum):
+    """Why a draft length was chosen."""
+
+    BEST = "best"  # the highest predicted rate
+    MARGIN_HOLD = "margin_hold"  # another length is predicted better, by less than the margin
+    PROBE = "probe"  # a bounded-cost experiment
+    LOAD = "load"  # plain decoding only because of the prefill work in the step
+    CAPPED = "capped"  # no request may or can use a draft
+    NO_DECODE = "no_decode"  # no request decodes in this step
+    FIXED = "fixed"  # mode "fixed"
+    OFF_MODE = "off_mode"  # mode "off"
+
+
+@dataclass(frozen=True, slots=True)
+class ControlSettings:
+    """Settings of the policy.
+
+    Attributes:
+        max_draft_tokens: the most tokens drafted in one step, ≥ 1.
+        mode: "adaptive" decides, "fixed" always drafts the maximum, "off" never drafts.
+        margin: a longer draft must be predicted better by this fraction to replace the current one, and drafting must
+            beat plain decoding by it to be switched on. Switching to a shorter draft needs no margin.
+        probe_interval: decode steps after which a side (drafting, or not drafting) is due for a look.
+        probe_steps: consecutive steps of one probe.
+        probe_budget: the fraction of time that probes may lose in the long run.
+        acceptance_window, acceptance_prior: see `AcceptanceEstimator`.
+        per_request_batch: up to this many decoding requests the acceptance of each request is used, above it the pooled
+            estimate; 0 never.
+        learn: correct the predicted times from observed step durations.
+    """
+
+    max_draft_tokens: int = 7
+    mode: str = "adaptive"
+    margin: float = 0.02
+    probe_interval: int = 256
+    probe_steps: int = 2
+    probe_budget: float = 0.01
+    acceptance_window: float = 512.0
+    acceptance_prior: float = 0.8
+    per_request_batch: int = 0
+    learn: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_draft_tokens < 1:
+            raise ValueError(f"max_draft_tokens is {self.max_draft_tokens}: give at least 1, or mode 'off'.")
+        if self.mode not in ("adaptive", "fixed", "off"):
+            raise ValueError(f"control.mode is {self.mode!r}: give 'adaptive', 'fixed' or 'off'.")
+        if not 0.0 <= self.margin < 1.0:
+            raise ValueError(f"control.margin is {self.margin}: give a fraction between 0 and 1.")
+        if not 0.0 <= self.probe_budget <= 0.2:
+            raise ValueError(f"control.probe_budget is {self.probe_budget}: give a fraction between 0 and 0.2.")
+        if self.probe_interval < 1 or self.probe_steps < 1:
+            raise ValueError("control.probe_interval and control.probe_steps must be at least 1.")
+
+
+@dataclass(frozen=True, slots=True)
+class StepState:
+    """What the scheduler knows when it chooses the draft length of a step.
+
+    Attributes:
+        num_decode: requests that sample in this step and could draft after it.
+        mean_context: their mean context length in tokens.
+        num_waiting: requests not yet admitted.
+        prefill_tokens: prompt tokens computed in this step.
+        pending_prefill_tokens: prompt tokens expected in the next step, the one that verifies these drafts (the rest of
+            partly computed prompts and the waiting ones that fit); 0 when unknown.
+        draft_caps: for each request that can use fewer than the maximum (switched off: 0; r tokens left: r - 1), how
+            many. Requests without a cap are left out.
+        request_ids: ids of the decoding requests; only read when `ControlSettings.per_request_batch` covers them.
+    """
+
+    num_decode: int
+    mean_context: float = 1.0
+    num_waiting: int = 0
+    prefill_tokens: int = 0
+    pending_prefill_tokens: int = 0
+    draft_caps: Sequence[int] = ()
+    request_ids: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What the controller remembers between steps."""
+
+    num_draft_tokens: int = 0
+    steps_since_draft: int = 0
+    steps_since_plain: int = 0
+    probe_credit: float = 0.0
+    probe_draft_tokens: int = 0
+    probe_steps_left: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One decision with everything that led to it. Times in seconds, indexed by γ in 0..max; empty when none were
+    needed.
+
+    `times[γ]` is what a cycle of γ drafts is charged, `tokens[γ]` what it yields over all decoding requests.
+    """
+
+    num_draft_tokens: int
+    reason: Reason
+    state: StepState
+    times: Sequence[float] = ()
+    tokens: Sequence[float] = ()
+    probe_cost: float = 0.0
+
+    @property
+    def predicted_speedup(self) -> float:
+        """Predicted token rate of the choice relative to plain decoding; 1.0 when nothing was predicted."""
+        if not self.times:
+            return 1.0
+        chosen = self.num_draft_tokens
+        return self.tokens[chosen] / self.times[chosen] * self.times[0] / self.tokens[0]
+
+
+@dataclass(frozen=True, slots=True)
+class StepObservation:
+    """A finished step, as the scheduler saw it.
+
+    `seconds` from the end of the previous step to the end of this one. `num_verified` and `num_drafted` are draft
+    tokens per decoding request (means where requests differ). Leave steps out whose duration means nothing (the engine
+    was idle).
+    """
+
+    seconds: float
+    num_decode: int
+    mean_context: float
+    num_verified: float
+    num_drafted: int
+    prefill_tokens: int = 0
+
+
+class Times(Protocol):
+    """Where `decide` takes its predictions from."""
+
+    def step_times(self, batch: float, seq: float, max_draft_tokens: int) -> StepTimes:
+        """Seconds of verification for each γ and of one draft forward."""
+        ...
+
+
+def _cycle_times(state: StepState, times: StepTimes, prefill_tokens: int, longest: int) -> list[float]:
+    """Seconds charged to decoding for a cycle of γ drafts, γ in 0..longest."""
+    verify, draft, batch = times.verify, times.draft, state.num_decode
+    if prefill_tokens <= 0:
+        return [gamma * draft + verify[gamma] for gamma in range(longest + 1)]
+    prefill = prefill_tokens * times.per_row
+    row = batch * times.per_row
+    return [gamma * draft + max(verify[gamma] - prefill, (gamma + 1) * row) for gamma in range(longest + 1)]
+
+
+def _tokens(state: StepState, per_request: Sequence[float], longest: int) -> list[float]:
+    """Expected tokens of the whole batch for γ in 0..longest; a capped request gains nothing past its cap."""
+    free = state.num_decode - len(state.draft_caps)
+    tokens = [free * per_request[gamma] for gamma in range(longest + 1)]
+    if state.draft_caps:
+        for cap, count in Counter(state.draft_caps).items():
+            for gamma in range(longest + 1):
+                tokens[gamma] += count * per_request[min(cap, gamma) if cap > 0 else 0]
+    return tokens
+
+
+def decide(
+    state: StepState,
+    times: Times,
+    expected_tokens: Sequence[float],
+    settings: ControlSettings,
+    memory: Memory = Memory(),
+    uncertain: bool = False,
+) -> Decision:
+    """Choose the draft length of one step.
+
+    Args:
+        state: the engine's state.
+        times: predicted times, see `CostModel.step_times`.
+        expected_tokens: τ(0..max) per request, see `AcceptanceEstimator.expected_tokens_table`.
+        settings: limits, margin, probes.
+        memory: the current draft length and the probes' accounts.
+        uncertain: the times near this state were hardly ever confirmed, so probes come sooner.
+    """
+    longest = settings.max_draft_tokens
+    if settings.mode == "off":
+        return Decision(0, Reason.OFF_MODE, state)
+    if state.num_decode <= 0:
+        return Decision(0, Reason.NO_DECODE, state)
+    if state.draft_caps and len(state.draft_caps) >= state.num_decode:
+        longest = min(longest, max(0, *state.draft_caps))
+        if longest == 0:
+            return Decision(0, Reason.CAPPED, state)
+    if settings.mode == "fixed":
+        return Decision(longest, Reason.FIXED, state)
+
+    predicted = times.step_times(state.num_decode, state.mean_context, settings.max_draft_tokens)
+    prefill = state.pending_prefill_tokens
+    cycle = _cycle_times(state, predicted, prefill, longest)
+    tokens = _tokens(state, expected_tokens, longest)
+    rates = [gained / seconds for gained, seconds in zip(tokens, cycle, strict=True)]
+    best = max(range(longest + 1), key=rates.__getitem__)
+
+    if memory.probe_steps_left > 0 and memory.probe_draft_tokens <= longest:
+        return Decision(memory.probe_draft_tokens, Reason.PROBE, state, cycle, tokens)
+
+    current = min(memory.num_draft_tokens, longest)
+    chosen, reason = best, Reason.BEST
+    if best > current and rates[best] < (1.0 + settings.margin) * rates[current]:
+        chosen, reason = current, Reason.MARGIN_HOLD
+    if chosen == 0 and prefill > 0:
+        alone = _cycle_times(state, predicted, 0, longest)
+        if max(gained / seconds for gained, seconds in zip(tokens[1:], alone[1:], strict=True)) > tokens[0] / alone[0]:
+            reason = Reason.LOAD
+
+    interval = settings.probe_interval // 16 + 1 if uncertain else settings.probe_interval
+    probe = -1
+    if prefill == 0:
+        if chosen == 0 and memory.steps_since_draft >= interval:
+            probe = max(range(1, longest + 1), key=rates.__getitem__)
+        elif chosen > 0 and memory.steps_since_plain >= interval:
+            probe = 0
+    if probe >= 0:
+        # What the probe is predicted to lose against the choice. A profile may be wrong about just that, so no more
+        # than two plain steps are asked for in advance; what it really lost is charged when its duration is known.
+        loss = settings.probe_steps * max(0.0, cycle[probe] - tokens[probe] / rates[chosen])
+        if memory.probe_credit >= min(loss, 2.0 * cycle[0]):
+            return Decision(probe, Reason.PROBE, state, cycle, tokens, probe_cost=loss)
+    return Decision(chosen, reason, state, cycle, tokens)
+
+
+class Controller:
+    """The scheduler's controller: `decide` before a step's drafts, `observe_*` when results arrive.
+
+    Args:
+        settings: see `ControlSettings`.
+        cost_model: a measured profile, or None to start from a prior and learn from step durations alone.
+        max_batch: the engine's max_num_seqs.
+    """
+
+    def __init__(
+        self, settings: ControlSettings, cost_model: CostModel | None = None, *, max_batch: int = 1024
+    ) -> None:
+        self.settings = settings
+        self.acceptance = AcceptanceEstimator(
+            settings.max_draft_tokens,
+            window=settings.acceptance_window,
+            prior_mean=settings.acceptance_prior,
+            per_request=settings.per_request_batch > 0,
+        )
+        self.times = OnlineCorrection(
+            cost_model if cost_model is not None else CostModel.prior(), settings.max_draft_tokens, max_batch=max_batch
+        )
+        self.memory = Memory()
+        self.decisions: Counter[Reason] = Counter()
+        self.draft_lengths: Counter[int] = Counter()
+        self.probes = 0
+        self.probe_seconds = 0.0
+        self.steps = 0
+
+    def decide(self, state: StepState) -> Decision:
+        """The draft length of the step being scheduled."""
+        settings, memory = self.settings, self.memory
+        expected = self.acceptance.expected_tokens_table()
+        if state.num_decode <= settings.per_request_batch and state.request_ids:
+            expected = self.acceptance.expected_tokens_of(state.request_ids)
+        uncertain = settings.learn and state.num_decode > 0 and self.times.doubt(state.num_decode) > 0.15
+        decision = decide(state, self.times, expected, settings, memory, uncertain)
+        self._remember(decision)
+        return decision
+
+    def _remember(self, decision: Decision) -> None:
+        memory, chosen = self.memory, decision.num_draft_tokens
+        self.decisions[decision.reason] += 1
+        self.draft_lengths[chosen] += 1
+        if decision.state.num_decode <= 0:
+            return
+        probing = decision.reason is Reason.PROBE
+        steps_left = 0
+        credit = memory.probe_credit
+        resume = chosen
+        if probing:
+            resume = memory.num_draft_tokens
+            if memory.probe_steps_left > 0:
+                steps_left = memory.probe_steps_left - 1
+            else:
+                steps_left = self.settings.probe_steps - 1
+                self.probes += 1
+                self.probe_seconds += decision.probe_cost
+                credit -= decision.probe_cost
+        if decision.times:
+            # credit is a fraction of the time spent; at most a few steps' worth is saved up
+            plain = decision.times[0]
+            credit = min(credit + self.settings.probe_budget * plain, 4.0 * plain)
+        self.memory = Memory(
+            num_draft_tokens=resume,
+            steps_since_draft=0 if chosen > 0 else memory.steps_since_draft + 1,
+            steps_since_plain=0 if chosen == 0 else memory.steps_since_plain + 1,
+            probe_credit=credit,
+            probe_draft_tokens=chosen if probing else 0,
+            probe_steps_left=steps_left,
+        )
+
+    def observe_step(self, observation: StepObservation) -> None:
+        """Learn from a finished step's duration."""
+        self.steps += 1
+        if not self.settings.learn or observation.num_decode <= 0:
+            return
+        self.times.observe(
+            observation.seconds,
+            observation.num_decode,
+            observation.mean_context,
+            observation.num_verified,
+            observation.num_drafted,
+            observation.prefill_tokens,
+        )
+
+    def observe_acceptance(self, num_drafted: int, num_accepted: int, request_id: str | None = None) -> None:
+        """Count one request's verified drafts."""
+        self.acceptance.observe(num_drafted, num_accepted, request_id)
+
+    def finish_request(self, request_id: str) -> None:
+        """Forget a finished request."""
+        self.acceptance.finish(request_id)
