@@ -1,0 +1,10 @@
+"""Mends for upstream faults: one file each, detected by behaviour, applied only where the fault is present."""
+
+from __future__ import annotations
+
+from vllm_selfspec.compat import cpu_expand
+
+
+def apply() -> None:
+    """Apply every mend that this vLLM needs, in this process; re-entrant."""
+    cpu_expand.apply()

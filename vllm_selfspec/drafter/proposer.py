@@ -1,0 +1,211 @@
+"""Drafting on model runner V1: the target's view, the target's KV cache, one token per request to start from.
+
+vLLM's runner hands `propose()` the batch that it just verified. Keys and values of every accepted token are already in
+the cache, so drafting needs no prefill: draft step t runs each request's last token at position p + t, writes its key
+and value into the slot that the scheduler has allocated there, and samples the next draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
+
+from vllm_selfspec.config import ConfigError, Precision
+from vllm_selfspec.drafter.quantize import check_supported, default_precision
+from vllm_selfspec.drafter.refresh import WeightTap
+from vllm_selfspec.drafter.sampling import sample_drafts
+from vllm_selfspec.drafter.view import build_view, quantization_plan
+from vllm_selfspec.speculative_config import SelfSpecSpeculativeConfig
+
+logger = init_logger("vllm.selfspec")
+
+
+def runner_init(original: Callable[..., None], self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+    """`GPUModelRunner.__init__`, building a `SelfDraftProposer` as the drafter when the config asks for one."""
+    if not isinstance(vllm_config.speculative_config, SelfSpecSpeculativeConfig):
+        original(self, vllm_config, *args, **kwargs)
+        return
+    with patch("vllm.v1.worker.gpu_model_runner.DraftModelProposer", SelfDraftProposer):
+        original(self, vllm_config, *args, **kwargs)
+
+
+def draft_slots(
+    start: torch.Tensor,
+    limit: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+    num_draft_tokens: int,
+) -> torch.Tensor:
+    """KV-cache slots that each draft step may write.
+
+    Args:
+        start: [B] position of each request's last token, which draft step 0 runs.
+        limit: [B] positions below this one are allocated to the request; 0 for a request that must not draft.
+        block_table: [B, W] block ids; entries past the allocated ones are stale ids of other requests.
+        block_size: tokens per block.
+        num_draft_tokens: γ.
+
+    Returns:
+        [γ, B] int64 slots, `PADDING_SLOT_ID` wherever the position is not allocated to the request.
+    """
+    positions = start + torch.arange(num_draft_tokens, device=start.device).unsqueeze(1)  # [γ, B]
+    blocks = (positions // block_size).clamp_(max=block_table.shape[1] - 1)
+    block_ids = block_table.gather(1, blocks.t()).t()
+    slots = block_ids.long() * block_size + positions % block_size
+    return slots.masked_fill_(positions >= limit, PADDING_SLOT_ID)
+
+
+class SelfDraftProposer(DraftModelProposer):
+    """The proposer of `method: selfspec`: drafts with a view of the target model."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
+        super().__init__(vllm_config, device, runner)
+        assert isinstance(self.speculative_config, SelfSpecSpeculativeConfig)
+        self._runner = runner
+        self.supports_mm_inputs = False
+        drafter = self.speculative_config.selfspec.drafter
+        self._layers = drafter.layers(vllm_config.model_config.get_total_num_hidden_layers())
+        self._weights = self._precision("drafter.weights", drafter.weights)
+        self._lm_head = self._precision("drafter.lm_head", drafter.lm_head)
+        self._tap = WeightTap(vllm_config, quantization_plan(self._layers, self._weights, self._lm_head))
+        self._steps = torch.arange(self.max_batch_size + 1, dtype=torch.int32)
+
+    def _precision(self, field: str, asked: Precision | None) -> Precision:
+        if asked is None:
+            return default_precision(self.device.type)
+        check_supported(field, asked, self.device.type)
+        return asked
+
+    def load_model(self, target_model: nn.Module) -> None:
+        """Build the view of the loaded target."""
+        self.model, self._draft_attn_layer_names = build_view(
+            target_model, self.vllm_config, self._layers, self._weights, self._lm_head, self._tap
+        )
+        logger.info(
+            "selfspec drafts with %d of %d layers, weights %s, LM head %s: %.1f MiB of weights of its own, no KV cache "
+            "of its own.",
+            len(self._layers),
+            self.vllm_config.model_config.get_total_num_hidden_layers(),
+            self._weights,
+            self._lm_head,
+            self._tap.nbytes / 2**20,
+        )
+
+    def validate_same_kv_cache_group(self, kv_cache_config: KVCacheConfig) -> None:
+        groups = len(kv_cache_config.kv_cache_groups)
+        if groups != 1:
+            raise ConfigError(
+                f"method selfspec needs all layers in one KV-cache group, but this model has {groups} (mixed attention "
+                "kinds): remove the speculative config, or start with --disable-hybrid-kv-cache-manager."
+            )
+
+    @torch.inference_mode()
+    def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Run the view once, on no more rows than it will ever see: one per request."""
+        self.num_speculative_tokens = 1
+        super().dummy_run(max(2, min(num_tokens, self.max_batch_size)), *args, **kwargs)
+        self.num_speculative_tokens = self.speculative_config.num_speculative_tokens
+
+    def _allocated_tokens(self, batch_size: int) -> torch.Tensor:
+        """[B] number of tokens for which each request has KV blocks; 0 for requests that did not sample."""
+        table = self._runner.input_batch.block_table[self.kv_cache_gid]
+        tokens = torch.from_numpy(table.num_blocks_per_row[:batch_size]) * table.block_size
+        tokens.clamp_(max=self.max_model_len)
+        tokens = tokens.to(self.device, non_blocking=True)
+        return tokens.masked_fill(self._runner.discard_request_mask.gpu[:batch_size], 0)
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,
+        target_positions: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        token_indices_to_sample: torch.Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: SamplingMetadata,
+        mm_embed_inputs: Any = None,
+        num_rejected_tokens_gpu: torch.Tensor | None = None,
+        slot_mappings: Any = None,
+    ) -> torch.Tensor:
+        """Draft γ = `num_speculative_tokens` tokens for each of the B requests.
+
+        Args:
+            next_token_ids: [B] the token that each request sampled last.
+            common_attn_metadata: the batch just verified; `seq_lens` counts rejected tokens too.
+            num_rejected_tokens_gpu: [B] drafts rejected in this step, None where none were verified.
+
+        Returns:
+            [B, γ] int64 draft token ids.
+        """
+        self._last_draft_probs = None
+        batch_size = common_attn_metadata.batch_size()
+        gamma = num_speculative_tokens
+        drafts = torch.empty((batch_size, gamma), dtype=torch.int64, device=self.device)
+        if gamma == 0:
+            return drafts
+        self._tap.refresh()
+
+        start = common_attn_metadata.seq_lens[:batch_size]
+        if num_rejected_tokens_gpu is not None:
+            start = start - num_rejected_tokens_gpu
+        limit = self._allocated_tokens(batch_size)
+        start = torch.where(limit > 0, start, 0).long()
+        table = common_attn_metadata.block_table_tensor[:batch_size]
+        block_size = self._runner.input_batch.block_table[self.kv_cache_gid].block_size
+        slots = draft_slots(start, limit, table, block_size, gamma)
+
+        metadata = CommonAttentionMetadata(
+            query_start_loc=self.arange[: batch_size + 1],
+            query_start_loc_cpu=self._steps[: batch_size + 1],
+            seq_lens=torch.empty_like(common_attn_metadata.seq_lens[:batch_size]),
+            num_reqs=batch_size,
+            num_actual_tokens=batch_size,
+            max_query_len=1,
+            max_seq_len=min(common_attn_metadata.max_seq_len + gamma, self.max_model_len),
+            block_table_tensor=table,
+            slot_mapping=self._slot_mapping_buffer[:batch_size],
+            seq_lens_cpu_upper_bound=None,
+        )
+        upper_bound = common_attn_metadata.seq_lens_cpu_upper_bound
+        cudagraph_mode, num_rows, num_tokens_across_dp = self._determine_batch_execution_and_padding(batch_size)
+        tokens = next_token_ids
+        probs: list[torch.Tensor] = []
+        for step in range(gamma):
+            position = (start + step).clamp_(max=self.max_model_len - 1)
+            self.input_ids[:batch_size] = tokens
+            self.positions[:batch_size] = position
+            metadata.seq_lens.copy_(torch.minimum(position + 1, limit.clamp(min=1)))
+            if upper_bound is not None:
+                metadata.seq_lens_cpu_upper_bound = (upper_bound[:batch_size] + step + 1).clamp_(max=self.max_model_len)
+            slot_mapping = self._get_slot_mapping(num_rows, slots[step])
+            _, per_layer = self.build_per_group_and_layer_attn_metadata(metadata, draft_index=step)
+            with set_forward_context(
+                per_layer,
+                self.vllm_config,
+                num_tokens=num_rows,
+                num_tokens_across_dp=num_tokens_across_dp,
+                cudagraph_runtime_mode=cudagraph_mode,
+                slot_mapping=slot_mapping,
+            ):
+                hidden = self.model(self.input_ids[:num_rows], self.positions[:num_rows])[:batch_size]
+            tokens, q = sample_drafts(self.model.compute_logits(hidden), sampling_metadata)
+            drafts[:, step] = tokens
+            if q is not None:
+                probs.append(q)
+        if probs:
+            self._last_draft_probs = torch.stack(probs, dim=1)
+        return drafts

@@ -1,0 +1,168 @@
+"""Linear weights at the drafter's precision: quantized once, applied many times, refreshed in place.
+
+On CPU: int8 (W8A8, per output channel and per token, oneDNN) and int4 (groups of the input dimension, ATen).
+On CUDA: vLLM's own kernel classes, see `quantize_cuda.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from vllm_selfspec.config import ConfigError, Precision
+
+INT4_GROUP = 64
+
+
+class QuantizedLinear(ABC):
+    """One weight matrix [N, K] at reduced precision.
+
+    `refresh` writes into the existing buffers, whose addresses captured graphs hold.
+    """
+
+    @abstractmethod
+    def refresh(self, weight: torch.Tensor) -> None:
+        """Quantize `weight` [N, K] into the existing buffers."""
+
+    @abstractmethod
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [..., K] times the weight's transpose, plus bias [N]; result [..., N] of x's dtype."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that the quantized weight occupies."""
+
+
+class CpuInt8Linear(QuantizedLinear):
+    """Symmetric int8 per output channel, activations quantized per token, oneDNN W8A8."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._dtype = weight.dtype
+        self._scale = torch.empty(weight.shape[0], 1, dtype=torch.float32)
+        self._handler = self._pack(weight)
+
+    def _pack(self, weight: torch.Tensor):  # type: ignore[no-untyped-def]  # vLLM's handler class is untyped
+        from vllm import _custom_ops as ops
+
+        weight = weight.float()
+        # oneDNN keeps a pointer to the scales: they live as long as the handler, and are overwritten by a refresh.
+        self._scale.copy_(weight.abs().amax(dim=1, keepdim=True).clamp_(min=1e-8).div_(127))
+        quantized = weight.div_(self._scale).round_().clamp_(-127, 127).to(torch.int8)
+        self._nbytes = quantized.nbytes + self._scale.nbytes
+        return ops.create_onednn_scaled_mm(quantized.t(), self._scale, self._dtype, True, False, 32)
+
+    def refresh(self, weight: torch.Tensor) -> None:
+        fresh = self._pack(weight)
+        # Swap the pointers inside the tensors: compiled graphs read this tensor, and the old pack is freed with `fresh`.
+        old, new = self._handler.handler_tensor, fresh.handler_tensor
+        pointer = old.clone()
+        old.copy_(new)
+        new.copy_(pointer)
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        from vllm import _custom_ops as ops
+
+        rows = x.reshape(-1, x.shape[-1])
+        quantized, scale, _ = ops.onednn_scaled_int8_quant(rows, None, None, True)
+        out = torch.empty((rows.shape[0], self._handler.n), dtype=x.dtype)
+        ops.onednn_scaled_mm(self._handler, quantized, out, scale, None, None, bias)
+        return out.reshape(*x.shape[:-1], self._handler.n)
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+
+class CpuInt4Linear(QuantizedLinear):
+    """Asymmetric int4 in groups of 64 inputs, weight-only, ATen's packed CPU kernel."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._packed, self._scale_and_zero = self._pack(weight)
+
+    @staticmethod
+    def _pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Packed weight and [K / group, N, 2] scales and zeros; a value is (q - 8) * scale + zero."""
+        rows, columns = weight.shape
+        groups = weight.float().reshape(rows, columns // INT4_GROUP, INT4_GROUP)
+        low, high = groups.aminmax(dim=-1)
+        scale = ((high - low) / 15).clamp_(min=1e-8).to(weight.dtype).float()
+        zero = (low + 8 * scale).to(weight.dtype).float()
+        quantized = ((groups - zero[..., None]) / scale[..., None] + 8).round_().clamp_(0, 15).to(torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(quantized.reshape(rows, columns), 1)
+        scale_and_zero = torch.stack((scale, zero), dim=-1).transpose(0, 1).contiguous().to(weight.dtype)
+        return packed, scale_and_zero
+
+    def refresh(self, weight: torch.Tensor) -> None:
+        packed, scale_and_zero = self._pack(weight)
+        self._packed.copy_(packed)
+        self._scale_and_zero.copy_(scale_and_zero)
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self._packed, INT4_GROUP, self._scale_and_zero)
+        if bias is not None:
+            out = out + bias
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        return self._packed.nbytes + self._scale_and_zero.nbytes
+
+
+def default_precision(device_type: str) -> Precision:
+    """The cheapest precision that this platform's kernels support."""
+    if device_type == "cpu":
+        from vllm import _custom_ops as ops
+
+        return "int8" if ops._supports_onednn else "native"
+    from vllm_selfspec.drafter.quantize_cuda import default_cuda_precision
+
+    return default_cuda_precision()
+
+
+def check_supported(field: str, precision: Precision, device_type: str) -> None:
+    """Refuse a precision that has no kernel here.
+
+    Raises:
+        ConfigError: names `field` and the precisions that work.
+    """
+    if precision == "native":
+        return
+    if device_type == "cpu":
+        from vllm import _custom_ops as ops
+
+        usable = ["native", "int4"] + (["int8"] if hasattr(torch.ops._C, "create_onednn_scaled_mm_handler") else [])
+        del ops
+    else:
+        from vllm_selfspec.drafter.quantize_cuda import usable_precisions
+
+        usable = usable_precisions()
+    if precision not in usable:
+        raise ConfigError(f"{field} is {precision!r}, which has no kernel here: use one of {', '.join(sorted(usable))}.")
+
+
+def quantize(weight: torch.Tensor, precision: Precision) -> QuantizedLinear:
+    """Quantize a weight matrix.
+
+    Args:
+        weight: [N, K] in the model's dtype.
+        precision: not `native`.
+
+    Raises:
+        ConfigError: if the shape does not fit the kernel.
+    """
+    if weight.device.type != "cpu":
+        from vllm_selfspec.drafter.quantize_cuda import CudaLinear
+
+        return CudaLinear(weight, precision)
+    if precision == "int8":
+        return CpuInt8Linear(weight)
+    rows, columns = weight.shape
+    if columns % INT4_GROUP or rows % 16:
+        raise ConfigError(
+            f"drafter precision int4 needs weights whose inputs are a multiple of {INT4_GROUP} and outputs of 16, "
+            f"but one is {rows} x {columns}: use int8."
+        )
+    return CpuInt4Linear(weight)

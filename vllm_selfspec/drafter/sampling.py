@@ -1,0 +1,63 @@
+"""Draft tokens drawn exactly from the drafter's distribution.
+
+The rejection sampler is exact only if each draft was drawn from the very q that it is handed (Leviathan et al., arXiv
+2211.17192). Drafts are drawn by inverting the cumulative distribution in float64, with one random number per request
+instead of one per vocabulary entry; q stays float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import _SAMPLING_EPS
+
+
+def sample_drafts(logits: torch.Tensor, metadata: SamplingMetadata) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sample one draft per request.
+
+    Args:
+        logits: [B, V] the drafter's; may be overwritten.
+        metadata: the batch's sampling parameters. Only the temperature shapes q: top-k, top-p and penalties act on
+            the target alone, which keeps the result exact.
+
+    Returns:
+        [B] int64 tokens, and q as [B, V] float32, None when every request is greedy.
+    """
+    if metadata.all_greedy:
+        return logits.argmax(dim=-1), None
+    temperature = metadata.temperature
+    assert temperature is not None
+    greedy = None
+    if not metadata.all_random:
+        greedy = temperature < _SAMPLING_EPS
+        temperature = torch.where(greedy, 1.0, temperature)
+    q = torch.softmax(logits.float().div_(temperature.unsqueeze(1)), dim=-1)
+    tokens = inverse_cdf(q, uniforms(q.shape[0], q.device, metadata.generators))
+    if greedy is not None:
+        tokens = torch.where(greedy, q.argmax(dim=-1), tokens)
+    return tokens, q
+
+
+def uniforms(rows: int, device: torch.device, generators: dict[int, torch.Generator]) -> torch.Tensor:
+    """[rows] float64 in [0, 1); rows of seeded requests come from their own generators."""
+    u = torch.rand(rows, dtype=torch.float64, device=device)
+    for row, generator in generators.items():
+        u[row] = torch.rand((), dtype=torch.float64, device=device, generator=generator)
+    return u
+
+
+def inverse_cdf(q: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Smallest token whose cumulative probability exceeds u.
+
+    Args:
+        q: [B, V] non-negative weights.
+        u: [B] float64 in [0, 1).
+
+    Returns:
+        [B] int64 tokens; never one of weight 0.
+    """
+    cdf = q.cumsum(dim=-1, dtype=torch.float64)
+    # A product that rounds up to the total would point past the last token of positive weight.
+    below_total = torch.nextafter(cdf[:, -1], torch.zeros_like(u))
+    threshold = torch.minimum(u * cdf[:, -1], below_total)
+    return torch.searchsorted(cdf, threshold.unsqueeze(1), right=True).squeeze(1)

@@ -1,0 +1,158 @@
+"""A cheaper view of the target: fewer layers, fewer bits, or both, sharing everything else.
+
+The view is made of shallow copies of the target's modules. Norms, rotary tables, embeddings and the attention modules
+are the target's own objects, so the view reads and writes the target's paged KV cache under the target's layer names.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear, UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.models import supports_multimodal
+from vllm.model_executor.models.utils import extract_layer_index
+
+from vllm_selfspec.config import ConfigError, Precision
+from vllm_selfspec.drafter.quantize import QuantizedLinear
+from vllm_selfspec.drafter.refresh import WeightTap
+
+
+class DrafterLinearMethod:
+    """Stands where a linear layer's `quant_method` stands; applies the drafter's weight instead of the layer's own."""
+
+    def __init__(self, state: QuantizedLinear) -> None:
+        self.state = state
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self.state.apply(x, bias)
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """True for the large linear layers that vLLM runs unquantized (a mixture's router and experts are left alone)."""
+    return isinstance(module, ColumnParallelLinear | RowParallelLinear) and isinstance(
+        module.quant_method, UnquantizedLinearMethod
+    )
+
+
+def shallow_copy(module: nn.Module) -> Any:
+    """A module with its own tables of parameters, buffers and children, which hold the same objects."""
+    clone = copy.copy(module)
+    for table in ("_parameters", "_buffers", "_modules"):
+        setattr(clone, table, dict(getattr(module, table)))
+    return clone
+
+
+def quantized_copy(module: nn.Module, precision: Precision, tap: WeightTap) -> nn.Module:
+    """`module` itself if it holds nothing to quantize, else a shallow copy whose linear layers use the tap's weights."""
+    if is_quantizable(module):
+        clone = shallow_copy(module)
+        clone.quant_method = DrafterLinearMethod(tap.state(module, precision))
+        return clone  # type: ignore[no-any-return]  # a copy of an nn.Module
+    children = {name: quantized_copy(child, precision, tap) for name, child in module.named_children()}
+    if all(child is module._modules[name] for name, child in children.items()):
+        return module
+    clone = shallow_copy(module)
+    clone._modules.update(children)
+    return clone  # type: ignore[no-any-return]  # a copy of an nn.Module
+
+
+def language_model(target: nn.Module) -> nn.Module:
+    """The text part of a target, the target itself where that is all there is."""
+    return target.get_language_model() if supports_multimodal(target) else target  # type: ignore[no-any-return,operator]
+
+
+def quantization_plan(layers: Sequence[int], weights: Precision, lm_head: Precision) -> Callable[[nn.Module], Precision]:
+    """Which precision the drafter uses for a layer of the target, told by the layer's type and place."""
+    wanted = set(layers)
+
+    def plan(module: nn.Module) -> Precision:
+        if isinstance(module, ParallelLMHead):
+            return lm_head
+        if not is_quantizable(module) or "layers." not in module.prefix:
+            return "native"
+        return weights if extract_layer_index(module.prefix) in wanted else "native"
+
+    return plan
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
+class DraftBackbone(nn.Module):
+    """The view's decoder stack, compiled under its own name so that its graph is not taken for the target's."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, hidden_size] after the final norm, of tokens [T] at positions [T]."""
+        return self.decoder.forward(input_ids, positions, None)  # type: ignore[no-any-return]  # vLLM's models return it
+
+
+class DraftModel(nn.Module):
+    """What vLLM's runner sees as the drafter's model.
+
+    It has no `load_weights`: the target's loader must never reach the drafter through it.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self._heads = (head,)  # in a tuple, so that the target's parameters are not registered a second time
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        assert inputs_embeds is None, "the self-drafter embeds its own tokens"
+        return self.backbone(input_ids, positions)  # type: ignore[no-any-return]  # nn.Module.__call__
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits [T, vocab_size] of hidden states [T, hidden_size]."""
+        return self._heads[0].compute_logits(hidden_states)  # type: ignore[no-any-return,operator]  # vLLM's models
+
+
+def build_view(
+    target: nn.Module, vllm_config: VllmConfig, layers: Sequence[int], weights: Precision, lm_head: Precision, tap: WeightTap
+) -> tuple[DraftModel, set[str]]:
+    """The drafter's model and the names of the attention layers it shares with the target.
+
+    Raises:
+        ConfigError: if this model class cannot be viewed.
+    """
+    top = language_model(target)
+    inner = getattr(top, "model", None)
+    stack = getattr(inner, "layers", None)
+    if not isinstance(stack, nn.ModuleList) or not hasattr(top, "compute_logits"):
+        raise ConfigError(
+            f"method selfspec cannot make a view of {type(target).__name__}, which has no model.layers and "
+            "compute_logits: remove the speculative config for this model."
+        )
+    chosen = [stack[layer] for layer in layers]
+    if weights != "native":
+        chosen = [quantized_copy(layer, weights, tap) for layer in chosen]
+        if not any(isinstance(getattr(m, "quant_method", None), DrafterLinearMethod) for c in chosen for m in c.modules()):
+            raise ConfigError(
+                f"drafter.weights is {weights!r}, but {type(target).__name__} has no unquantized linear layer: "
+                "set it to 'native' and draft with exit_layer or skip_layers."
+            )
+    decoder = shallow_copy(inner)
+    decoder.layers = nn.ModuleList(chosen)
+    decoder.start_layer, decoder.end_layer = 0, len(chosen)
+    head = shallow_copy(top)
+    if lm_head != "native":
+        if not isinstance(top.lm_head.quant_method, UnquantizedEmbeddingMethod):
+            raise ConfigError("drafter.lm_head cannot be quantized a second time on this checkpoint: set it to 'native'.")
+        head._modules["lm_head"] = shallow_copy(top.lm_head)
+        head.lm_head.quant_method = DrafterLinearMethod(tap.state(top.lm_head, lm_head))
+    with set_current_vllm_config(vllm_config), set_model_tag("selfspec_drafter"):
+        backbone = DraftBackbone(vllm_config=vllm_config, decoder=decoder)
+    names = {m.layer_name for layer in chosen for m in layer.modules() if isinstance(m, AttentionLayerBase)}
+    return DraftModel(backbone, head), names

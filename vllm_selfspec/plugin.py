@@ -1,0 +1,180 @@
+"""The plugin: the one table of every place in vLLM that selfspec touches.
+
+`register()` is the `vllm.general_plugins` entry point. vLLM calls it in every process, sometimes twice; it only makes
+the engine arguments understand `method: selfspec` and workers look at what they are given. The worker's seams are
+applied when a worker is built for a selfspec config, so an engine without the flag runs vLLM as it came.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_selfspec.config import ENV_VAR, ConfigError, SelfSpecConfig
+
+SUPPORTED_VLLM = "0.32"
+
+
+class SeamError(RuntimeError):
+    """The installed vLLM does not look as the seam table expects."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One attribute of vLLM that selfspec wraps.
+
+    Attributes:
+        target: `module:Class.attribute` or `module:function`.
+        why: what the wrapper adds.
+        parameters: parameter names the original must have, in any order.
+        wrapper: `module:function` of selfspec; called as `wrapper(original, *args, **kwargs)`.
+    """
+
+    target: str
+    why: str
+    parameters: tuple[str, ...]
+    wrapper: str
+
+    def apply(self) -> None:
+        """Wrap the target once.
+
+        Raises:
+            SeamError: if the target is missing or takes other parameters than expected.
+        """
+        owner, name = _owner(self.target)
+        original = getattr(owner, name, None)
+        if original is None:
+            raise SeamError(f"vLLM has no {self.target}: install vllm {SUPPORTED_VLLM}.")
+        if getattr(original, "_selfspec_seam", None) == self.target:
+            return
+        missing = set(self.parameters) - set(inspect.signature(original).parameters)
+        if missing:
+            raise SeamError(
+                f"{self.target} takes no {', '.join(sorted(missing))} in this vLLM: install vllm {SUPPORTED_VLLM}."
+            )
+        setattr(owner, name, _wrapped(original, self))
+
+
+def _wrapped(original: Callable[..., Any], seam: Seam) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return wrapper()(original, *args, **kwargs)
+
+    @functools.cache
+    def wrapper() -> Callable[..., Any]:
+        owner, name = _owner(seam.wrapper)
+        return getattr(owner, name)  # type: ignore[no-any-return]  # looked up by name
+
+    call._selfspec_seam = seam.target  # type: ignore[attr-defined]  # marks the wrapper, so that it is applied once
+    return call
+
+
+def _owner(path: str) -> tuple[Any, str]:
+    module, _, attribute = path.partition(":")
+    *parents, name = attribute.split(".")
+    owner: Any = importlib.import_module(module)
+    for parent in parents:
+        owner = getattr(owner, parent)
+    return owner, name
+
+
+EVERYWHERE = (
+    Seam(
+        "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+        "understands method selfspec and VLLM_SELFSPEC, and selects the scheduler",
+        ("self", "target_model_config", "target_parallel_config"),
+        "vllm_selfspec.plugin:create_speculative_config",
+    ),
+    Seam(
+        "vllm.v1.worker.worker_base:WorkerBase.__init__",
+        "a worker for a selfspec config applies the seams below first, after vLLM has set up its platform's kernels",
+        ("self", "vllm_config"),
+        "vllm_selfspec.plugin:worker_init",
+    ),
+)
+
+IN_WORKERS = (
+    Seam(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.__init__",
+        "runner V1 builds the self-drafter where it would build a draft model's proposer",
+        ("self", "vllm_config", "device"),
+        "vllm_selfspec.drafter.proposer:runner_init",
+    ),
+    Seam(
+        "vllm.model_executor.layers.linear:UnquantizedLinearMethod.process_weights_after_loading",
+        "the only place where a CPU linear layer's full weight exists: the drafter quantizes it there",
+        ("self", "layer"),
+        "vllm_selfspec.drafter.refresh:process_weights_after_loading",
+    ),
+    Seam(
+        "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod.process_weights_after_loading",
+        "the same for the LM head",
+        ("self", "layer"),
+        "vllm_selfspec.drafter.refresh:process_weights_after_loading",
+    ),
+)
+
+
+def register() -> None:
+    """Entry point of the group `vllm.general_plugins`; re-entrant."""
+    import vllm
+
+    if not vllm.__version__.startswith(SUPPORTED_VLLM + "."):
+        from vllm.logger import init_logger
+
+        init_logger("vllm.selfspec").warning(
+            "vllm-selfspec supports vLLM %s and stays out of the way of %s: method selfspec is not available.",
+            SUPPORTED_VLLM,
+            vllm.__version__,
+        )
+        return
+    for seam in EVERYWHERE:
+        seam.apply()
+
+
+def worker_init(original: Callable[..., None], self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    """`WorkerBase.__init__`, preceded by the worker's seams and mends when its config asks for selfspec."""
+    if isinstance(getattr(vllm_config.speculative_config, "selfspec", None), SelfSpecConfig):
+        for seam in IN_WORKERS:
+            seam.apply()
+        from vllm_selfspec import compat
+
+        compat.apply()
+    original(self, vllm_config, *args, **kwargs)
+
+
+def create_speculative_config(
+    original: Callable[..., Any], self: Any, target_model_config: Any, target_parallel_config: Any
+) -> Any:
+    """`EngineArgs.create_speculative_config`, for the dict of `method: selfspec`; vLLM's own for any other."""
+    settings = requested_settings(self)
+    if settings is None:
+        return original(self, target_model_config, target_parallel_config)
+    from vllm_selfspec.speculative_config import build
+
+    if self.scheduler_cls is not None:
+        raise ConfigError(
+            f"scheduler_cls is {self.scheduler_cls!r}, but method selfspec brings its own scheduler: remove one of them."
+        )
+    self.scheduler_cls = "vllm_selfspec.scheduler.build_scheduler"
+    return build(settings, target_model_config, target_parallel_config)
+
+
+def requested_settings(engine_args: Any) -> SelfSpecConfig | None:
+    """The selfspec settings that these engine arguments or the environment ask for, if any."""
+    raw = engine_args.speculative_config
+    if raw is None and engine_args.spec_method is None:
+        return SelfSpecConfig.from_env(os.environ.get(ENV_VAR, ""))
+    raw = {key.replace("-", "_"): value for key, value in (raw or {}).items()}
+    if engine_args.spec_method is not None:
+        raw.setdefault("method", engine_args.spec_method)
+    if raw.get("method") != "selfspec":
+        return None
+    if engine_args.spec_tokens is not None:
+        raw.setdefault("num_speculative_tokens", engine_args.spec_tokens)
+    return SelfSpecConfig.parse(raw)

@@ -1,0 +1,92 @@
+"""vLLM's `SpeculativeConfig`, as selfspec fills it in.
+
+To vLLM a self-drafter looks like `method="draft_model"` whose draft model is the target: that makes it reserve the
+lookahead slots, keep asynchronous scheduling, and hand `propose()` everything it needs. The subclass carries the
+user's own settings to the workers (it is pickled on the way).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Any
+
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.config.utils import config
+
+from vllm_selfspec.config import ConfigError, SelfSpecConfig
+
+
+@config
+class SelfSpecSpeculativeConfig(SpeculativeConfig):
+    """`SpeculativeConfig` of a model that drafts for itself."""
+
+    selfspec: Any = None
+    """The checked `SelfSpecConfig`."""
+
+    def __post_init__(self) -> None:
+        assert isinstance(self.selfspec, SelfSpecConfig)
+        assert self.target_model_config is not None
+        self.method = "draft_model"
+        self.model = self.target_model_config.model
+        self.num_speculative_tokens = self.selfspec.num_speculative_tokens
+        self.draft_sample_method = "probabilistic"
+        # The runner stops drafting for the whole batch when one request comes within num_speculative_tokens of the
+        # drafter's max_model_len. The self-drafter handles that edge per request, so it asks for that much more.
+        self.draft_model_config = copy.copy(self.target_model_config)
+        self.draft_model_config.max_model_len += self.num_speculative_tokens
+        self.draft_parallel_config = self.target_parallel_config
+        self.draft_tensor_parallel_size = self.target_parallel_config.tensor_parallel_size
+
+    def __repr__(self) -> str:
+        return f"SpeculativeConfig({self.selfspec!r})"
+
+    def compute_hash(self) -> str:
+        """vLLM's hash plus the drafter: its compiled graph is cached under this key."""
+        drafter = self.selfspec.drafter.model_dump_json()
+        return hashlib.sha256(f"{super().compute_hash()}{drafter}".encode()).hexdigest()
+
+    def uses_dynamic_speculative_decoding(self) -> bool:
+        """True when the draft length may change from step to step."""
+        return self.selfspec.control.mode != "fixed"
+
+
+def build(settings: SelfSpecConfig, model: ModelConfig, parallel: ParallelConfig) -> SelfSpecSpeculativeConfig:
+    """The engine's speculative config for `settings`.
+
+    Raises:
+        ConfigError: if this model or this parallel layout cannot be drafted for; the sentence names the field.
+    """
+    check_engine(settings, model, parallel)
+    return SelfSpecSpeculativeConfig(
+        selfspec=settings,
+        num_speculative_tokens=settings.num_speculative_tokens,
+        target_model_config=model,
+        target_parallel_config=parallel,
+    )
+
+
+def check_engine(settings: SelfSpecConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse engines that selfspec does not support, each with one sentence."""
+    if model.runner_type != "generate":
+        raise ConfigError(f"method selfspec drafts text, but runner is {model.runner_type!r}: remove the speculative config.")
+    if parallel.pipeline_parallel_size > 1:
+        raise ConfigError(
+            f"pipeline_parallel_size is {parallel.pipeline_parallel_size}: selfspec needs all layers in one stage, "
+            "use tensor parallelism instead."
+        )
+    if parallel.data_parallel_size > 1 and settings.control.mode == "adaptive":
+        raise ConfigError(
+            "data_parallel_size > 1 with control.mode 'adaptive' would let ranks choose different draft lengths: "
+            "set control.mode to 'fixed', or start one engine per rank."
+        )
+    if model.is_encoder_decoder:
+        raise ConfigError("method selfspec does not support encoder-decoder models: remove the speculative config.")
+    if model.is_hybrid or model.is_attention_free:
+        raise ConfigError(
+            "method selfspec does not support state-space or hybrid layers, whose state cannot be rolled back: "
+            "remove the speculative config."
+        )
+    if model.uses_mrope:
+        raise ConfigError("method selfspec does not support multi-dimensional rotary positions: remove the speculative config.")
+    settings.drafter.layers(model.get_total_num_hidden_layers())
