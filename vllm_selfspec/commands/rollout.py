@@ -1,0 +1,319 @@
+"""`vllm-selfspec rollout`: the same prompts by plain and by self-speculative decoding, in alternating rounds."""
+
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Generator, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from vllm_selfspec.errors import EngineError, UsageError
+from vllm_selfspec.models import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vllm_selfspec.engine_process import EngineProcess
+    from vllm_selfspec.results import Mode, RolloutRun, Round
+
+_SAMPLES, _RUN, _PLOT = "samples.jsonl", "rollout.json", "rollout.png"
+# Two engines share one GPU: a little less than half of its memory each.
+_SHARED_GPU_FRACTION = 0.45
+
+
+class Only(StrEnum):
+    """Which engines run."""
+
+    both = "both"
+    plain = "plain"
+    selfspec = "selfspec"
+
+
+def rollout(
+    model: Annotated[str, typer.Option(help="Checkpoint folder or hub id.")] = DEFAULT_MODEL,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines with `prompt` or `messages`; by default 16 embedded questions.", metavar="FILE"),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", "-n", min=1, help="Samples per prompt.")] = 2,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one sample.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Most samples generated at the same time (max_num_seqs).")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Passes over all prompts and samples in each mode.")] = 3,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the engines' random numbers.")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Generate --max-tokens tokens always.")] = False,
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens drafted in one step; by default selfspec's own.")
+    ] = None,
+    drafter: Annotated[
+        str | None,
+        typer.Option(help='The drafter, such as {"weights": "int8"}; by default selfspec chooses.', metavar="JSON"),
+    ] = None,
+    control: Annotated[
+        str | None,
+        typer.Option(help='The draft length control, such as {"mode": "fixed"}.', metavar="JSON"),
+    ] = None,
+    only: Annotated[Only, typer.Option(help="Run both engines in alternation, or one of them.")] = Only.both,
+    compile_: Annotated[
+        bool, typer.Option("--compile/--enforce-eager", help="Use torch.compile in both engines, or in neither.")
+    ] = True,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=2, help="Longest prompt plus sample in tokens; by default what fits in memory.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results; by default runs/rollout-<time>.", metavar="DIR")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON on the last line.")] = False,
+) -> None:
+    """Generate prompts x samples with plain and with self-speculative decoding, and compare them.
+
+    Both engines are up at the same time and take turns, round by round, so that a machine whose speed drifts treats
+    them alike. On a GPU each gets 45 % of the memory: where that is too little, run --only plain and --only selfspec
+    one after the other and compare the two results with `vllm-selfspec report`.
+
+    Every finished sample goes to samples.jsonl at once: Ctrl-C loses none of them.
+    """
+    from rich.console import Console
+
+    from vllm_selfspec.commands.report import plot_runs, print_run
+    from vllm_selfspec.models import resolve_model
+    from vllm_selfspec.prompts import embedded_prompts, load_prompts
+    from vllm_selfspec.provenance import provenance
+    from vllm_selfspec.results import RolloutRun
+
+    speculative_config = build_speculative_config(num_speculative_tokens, drafter, control)
+    prompt_list = embedded_prompts() if prompts is None else load_prompts(prompts)
+    console = Console(stderr=True)
+    model_path = resolve_model(model, lambda message: console.print(f"[dim]{message}[/dim]"))
+    folder = _make_folder(out)
+
+    modes: list[Mode] = ["plain", "selfspec"] if only is Only.both else [only.value]  # type: ignore[list-item]  # StrEnum
+    engine_args: dict[str, Any] = {
+        "model": model_path,
+        "max_num_seqs": batch,
+        "max_model_len": -1 if max_model_len is None else max_model_len,
+        "seed": seed,
+        "enforce_eager": not compile_,
+        "disable_log_stats": False,  # the acceptance counters come from these statistics
+    }
+    if only is Only.both and not _is_cpu():
+        engine_args["gpu_memory_utilization"] = _SHARED_GPU_FRACTION
+    run = RolloutRun(
+        provenance=provenance(),
+        settings={
+            "model": model,
+            "prompts": "embedded" if prompts is None else str(prompts),
+            "num_prompts": len(prompt_list),
+            "n": n,
+            "max_tokens": max_tokens,
+            "batch": batch,
+            "temperature": temperature,
+            "seed": seed,
+            "ignore_eos": ignore_eos,
+            "compile": compile_,
+            "speculative_config": speculative_config,
+        },
+        startup_seconds={},
+        rounds=[],
+    )
+    per_mode: dict[Mode, dict[str, Any]] = {
+        mode: engine_args | ({"speculative_config": speculative_config} if mode == "selfspec" else {}) for mode in modes
+    }
+    requests = [prompt | {"id": f"{p}-{s}"} for p, prompt in enumerate(prompt_list) for s in range(n)]
+    sampling = {"temperature": temperature, "max_tokens": max_tokens, "ignore_eos": ignore_eos}
+    samples_path = folder / _SAMPLES
+    num_saved = 0
+    try:
+        with _open_samples(samples_path) as samples, _stop_signals():
+            for finished in run_rounds(run, per_mode, requests, sampling, rounds, folder, console):
+                _append(samples, finished)
+                num_saved += 1
+    except KeyboardInterrupt:
+        run.interrupted = True
+    if run.rounds or not run.interrupted:
+        run.save(folder / _RUN)
+    if run.interrupted:
+        _leave_interrupted(console, samples_path, num_saved)
+    plot_runs([run], folder / _PLOT)
+    print_run(run)
+    console.print(
+        f"Written to {folder}: {_RUN}, {_PLOT}, {_SAMPLES} ({num_saved} samples)", highlight=False, soft_wrap=True
+    )
+    if json_:
+        print(json.dumps(run.summary() | {"folder": str(folder)}))
+
+
+def build_speculative_config(
+    num_speculative_tokens: int | None, drafter: str | None, control: str | None
+) -> dict[str, Any]:
+    """Return the `speculative_config` that the options stand for, checked as far as can be without a model.
+
+    Raises:
+        UsageError: for text that is no JSON object, and for what selfspec refuses.
+    """
+    from vllm_selfspec.config import ConfigError, SelfSpecConfig
+
+    config: dict[str, Any] = {"method": "selfspec"}
+    if num_speculative_tokens is not None:
+        config["num_speculative_tokens"] = num_speculative_tokens
+    for name, text in (("drafter", drafter), ("control", control)):
+        if text is not None:
+            config[name] = _json_object(f"--{name}", text)
+    try:
+        SelfSpecConfig.parse(config)
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
+    return config
+
+
+def _json_object(option: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{option}: not valid JSON ({error.msg} at column {error.colno}): {text}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{option}: needs a JSON object in braces, not {text}")
+    return value
+
+
+def run_rounds(
+    run: "RolloutRun",
+    engines_args: "dict[Mode, dict[str, Any]]",
+    requests: list[dict[str, Any]],
+    sampling: dict[str, Any],
+    rounds: int,
+    folder: Path,
+    console: "Console",
+) -> Iterator[dict[str, Any]]:
+    """Start an engine per mode, alternate between them, and add each finished round to `run`.
+
+    Yields:
+        Every sample as it finishes, as a record of the samples file.
+    """
+    from vllm_selfspec.engine_process import EngineProcess
+
+    with contextlib.ExitStack() as stack:
+        engines: dict[Mode, EngineProcess] = {}
+        for mode, engine_args in engines_args.items():
+            log_path = folder / f"engine-{mode}.log"
+            starting = f"starting the {mode} engine (compiles for minutes on its first run; log: {log_path})"
+            if not console.is_terminal:
+                console.print(starting, highlight=False, soft_wrap=True)
+            with console.status(starting):
+                # One after the other: start-up is when a CPU engine measures its memory and compiles.
+                engine = stack.enter_context(EngineProcess(mode, engine_args, log_path))
+                run.startup_seconds[mode] = engine.wait_ready()
+            console.print(f"[dim]{mode} engine ready in {run.startup_seconds[mode]:.1f} s[/dim]", highlight=False)
+            engines[mode] = engine
+        for index in range(rounds):
+            for mode, engine in engines.items():
+                title = f"round {index + 1}/{rounds} {mode}"
+                finished = yield from _one_round(title, mode, index, engine, requests, sampling, console)
+                run.rounds.append(finished)
+                console.print(
+                    f"{title}: {finished.num_samples} samples, {finished.num_tokens} tokens in "
+                    f"{finished.seconds:.1f} s = {finished.tokens_per_second:.1f} tokens/s",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+
+
+def _one_round(
+    title: str,
+    mode: "Mode",
+    index: int,
+    engine: "EngineProcess",
+    requests: list[dict[str, Any]],
+    sampling: dict[str, Any],
+    console: "Console",
+) -> "Generator[dict[str, Any], None, Round]":
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from vllm_selfspec.results import Round, SpecCounts
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    num_tokens = 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=len(requests))
+        for event in engine.generate(requests, sampling):
+            if event["event"] == "done":
+                break
+            num_tokens += len(event["token_ids"])
+            progress.advance(task)
+            prompt_index, _, sample_index = event["id"].partition("-")
+            yield {
+                "mode": mode,
+                "round": index,
+                "prompt": int(prompt_index),
+                "sample": int(sample_index),
+                "finish_reason": event["finish_reason"],
+                "seconds": round(event["seconds"], 4),
+                "text": event["text"],
+                "token_ids": event["token_ids"],
+            }
+    return Round(
+        mode=mode,
+        index=index,
+        seconds=event["seconds"],
+        num_samples=len(requests),
+        num_tokens=num_tokens,
+        spec=SpecCounts.model_validate(event["counters"]) if mode == "selfspec" else None,
+    )
+
+
+def _make_folder(out: Path | None) -> Path:
+    folder = out or Path("runs") / time.strftime("rollout-%Y%m%d-%H%M%S")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out: the folder {folder} cannot be made ({error.strerror})") from None
+    if (folder / _SAMPLES).exists():
+        raise UsageError(f"--out: {folder} already holds {_SAMPLES}; name another folder")
+    return folder
+
+
+def _open_samples(path: Path) -> IO[str]:
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--out: {path} cannot be written ({error.strerror})") from None
+
+
+def _append(samples: IO[str], record: dict[str, Any]) -> None:
+    try:
+        samples.write(json.dumps(record, ensure_ascii=False) + "\n")
+        samples.flush()
+    except OSError as error:
+        raise EngineError(
+            f"{samples.name} cannot be written ({error.strerror}); the samples finished before are in it"
+        ) from None
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    """Have a SIGTERM end the run in the same orderly way as Ctrl-C."""
+
+    def interrupt(signum: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _leave_interrupted(console: "Console", samples_path: Path, num_saved: int) -> NoReturn:
+    console.print(f"Interrupted: {num_saved} finished samples are in {samples_path}", highlight=False, soft_wrap=True)
+    sys.exit(130)
+
+
+def _is_cpu() -> bool:
+    from vllm_selfspec.engine_env import is_cpu_platform
+
+    return is_cpu_platform()
