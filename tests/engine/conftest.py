@@ -1,0 +1,30 @@
+"""Fixtures of the engine tests: tiny checkpoints, and vLLM engines inside this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Read when vLLM is imported.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from tiny_models import write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """`tiny(family, **arguments)`: path of a tiny random checkpoint, see `write_checkpoint`; made once per session."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def checkpoint(family: str = "llama", **arguments: Any) -> str:
+        key = (family, *sorted(arguments.items()))
+        if key not in made:
+            made[key] = write_checkpoint(tmp_path_factory.mktemp(family), family, **arguments)
+        return str(made[key])
+
+    return checkpoint

@@ -1,0 +1,106 @@
+"""Tiny random checkpoints, made on the fly with transformers' own configs and classes.
+
+The default initialization of transformers gives nearly uniform logits and, greedily, one token repeated forever: any
+two models would agree on it. Here every matrix keeps the variance of its input, so that layers, positions and
+quantization errors all show in the logits, greedy text wanders, and cheap drafts are sometimes rejected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+# vLLM's CPU attention wants heads of at least 32.
+_SHAPE: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
+    "llama": lambda **shape: LlamaConfig(**shape),
+    "llama_tied": lambda **shape: LlamaConfig(**(shape | {"tie_word_embeddings": True})),
+    "qwen2": lambda **shape: Qwen2Config(**shape),
+    "qwen3": lambda **shape: Qwen3Config(**({"head_dim": 32} | shape)),
+    "mistral": lambda **shape: MistralConfig(**({"sliding_window": None} | shape)),
+    "phi3": lambda **shape: Phi3Config(**shape),
+    "qwen3_moe": lambda **shape: Qwen3MoeConfig(
+        **(
+            {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+            | {"decoder_sparse_step": 1, "mlp_only_layers": []}
+            | shape
+        )
+    ),
+}
+
+
+def write_checkpoint(folder: Path, family: str = "llama", *, seed: int = 0, gain: float = 1.0, **shape: Any) -> Path:
+    """Write a random float32 checkpoint of `family` into `folder` and return the folder.
+
+    Args:
+        folder: made if it is missing.
+        family: a key of `FAMILIES`.
+        seed: of the weights; the same arguments always give the same weights.
+        gain: scales the logits; larger means more peaked distributions.
+        **shape: fields of the family's config, over the defaults `_SHAPE`.
+    """
+    config = FAMILIES[family](**(_SHAPE | shape))
+    config.dtype = "float32"
+    build_model(config, seed, gain).save_pretrained(folder)
+    return folder
+
+
+def build_model(config: PretrainedConfig, seed: int, gain: float = 1.0) -> PreTrainedModel:
+    """A model of `config` with weights drawn from `seed`, in float32."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomize(model, seed, gain)
+    return model
+
+
+@torch.no_grad()
+def randomize(model: PreTrainedModel, seed: int, gain: float = 1.0) -> None:
+    """Draw new weights of `model` from `seed`, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name:
+            parameter.copy_(1.0 + 0.1 * noise)
+        elif parameter.ndim == 1:
+            parameter.copy_(0.2 * noise)
+        elif "embed_tokens" in name and not model.config.tie_word_embeddings:
+            parameter.copy_(noise)
+        else:
+            if "lm_head" in name or "embed_tokens" in name:
+                scale = 2.0 * gain
+            elif "o_proj" in name or "down_proj" in name:
+                scale = 3.0 / (1 + extract_layer(name))  # late layers say less, so that an early exit often agrees
+            else:
+                scale = 1.0
+            parameter.copy_(scale / parameter.shape[-1] ** 0.5 * noise)
+
+
+def extract_layer(name: str) -> int:
+    """The layer number in a parameter's name."""
+    return int(name.split("layers.")[1].split(".")[0])
