@@ -96,6 +96,12 @@ EVERYWHERE = (
         ("self", "vllm_config"),
         "vllm_selfspec.plugin:worker_init",
     ),
+    Seam(
+        "vllm.v1.metrics.loggers:StatLoggerManager.record",
+        "takes selfspec's step counts out of the scheduler statistics and adds them to the Prometheus metrics",
+        ("self", "scheduler_stats"),
+        "vllm_selfspec.metrics:record",
+    ),
 )
 
 IN_WORKERS = (

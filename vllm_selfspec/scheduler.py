@@ -1,36 +1,194 @@
-"""A thin layer over vLLM's schedulers that asks the controller how many tokens to draft."""
+"""A thin layer over vLLM's schedulers that asks the controller how many tokens to draft.
+
+`schedule()` itself is vLLM's. The draft length goes into the finished `SchedulerOutput`, right before vLLM books the
+step, so that asynchronous scheduling reserves as many placeholders as will be drafted.
+"""
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request
+
+from vllm_selfspec.config import ConfigError, SelfSpecConfig
+from vllm_selfspec.control.policy import Controller, ControlSettings, Decision, StepObservation, StepState
+from vllm_selfspec.metrics import STATS_KEY, StepStats
+
+logger = init_logger("vllm.selfspec")
+
+REQUEST_CAP = "selfspec_max_draft_tokens"
+"""Key of `SamplingParams.extra_args`: the most tokens drafted in one step for this request; 0 switches drafting off."""
 
 
-class SelfSpecScheduling:
-    """Mixed into a vLLM scheduler: sets the draft length of every step."""
+def control_settings(settings: SelfSpecConfig) -> ControlSettings:
+    """The controller's settings of a selfspec config."""
+    control = settings.control
+    return ControlSettings(
+        max_draft_tokens=settings.num_speculative_tokens,
+        mode=control.mode,
+        margin=control.margin,
+        probe_interval=control.probe_interval,
+    )
+
+
+@dataclass
+class InFlightStep:
+    """What is remembered of a scheduled step until its result arrives."""
+
+    output: SchedulerOutput
+    decision: Decision
+    num_verified: int
+
+
+class SelfSpecScheduling(Scheduler):
+    """Mixed in before a vLLM scheduler: sets the draft length of every step and learns from its result."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]  # the scheduler mixed in
+        super().__init__(vllm_config, *args, **kwargs)
+        settings: SelfSpecConfig = vllm_config.speculative_config.selfspec  # type: ignore[union-attr]  # is ours
+        self._controller = Controller(control_settings(settings), max_batch=self.scheduler_config.max_num_seqs)
+        self._in_flight: deque[InFlightStep] = deque()
+        self._busy_since: float | None = None
+        self._caps: dict[str, int] = {}
+        self._step_stats: list[StepStats] = []
         # A per-batch-size table of vLLM's own tells it that draft lengths vary, so that it does not pad new requests
-        # to the longest; the value that it looks up is replaced below.
-        self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)  # type: ignore[attr-defined]
+        # to the longest; the value that it looks up is replaced in _update_after_schedule.
+        self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
+
+    def add_request(self, request: Request) -> None:
+        params = request.sampling_params
+        if params is not None and params.extra_args and REQUEST_CAP in params.extra_args:
+            cap = params.extra_args[REQUEST_CAP]
+            if not isinstance(cap, int) or isinstance(cap, bool) or cap < 0:
+                raise ConfigError(f"extra_args[{REQUEST_CAP!r}] is {cap!r}: give a whole number from 0 up.")
+            self._caps[request.request_id] = cap
+        super().add_request(request)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        scheduler_output.num_spec_tokens_to_schedule = self._draft_length(scheduler_output)
-        super()._update_after_schedule(scheduler_output)  # type: ignore[misc]  # the scheduler mixed in
+        if scheduler_output.total_num_scheduled_tokens > 0:
+            decision = self._controller.decide(self._state(scheduler_output))
+            scheduler_output.num_spec_tokens_to_schedule = decision.num_draft_tokens
+            verified = sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
+            self._in_flight.append(InFlightStep(scheduler_output, decision, verified))
+            if self._busy_since is None:
+                self._busy_since = time.perf_counter()
+        super()._update_after_schedule(scheduler_output)
+        if self._caps:
+            for request_id in scheduler_output.num_scheduled_tokens.keys() & self._caps.keys():
+                request = self.requests[request_id]
+                request.spec_token_ids = request.spec_token_ids[: self._caps[request_id]]
 
-    def _draft_length(self, scheduler_output: SchedulerOutput) -> int:
-        settings = self.vllm_config.speculative_config.selfspec
-        if settings.control.mode == "off":
-            return 0
-        return settings.num_speculative_tokens
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        if self._caps:
+            for request_id, drafts in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
+                del drafts[self._caps.get(request_id, len(drafts)) :]
+        super().update_draft_token_ids(draft_token_ids)
+
+    def _state(self, output: SchedulerOutput) -> StepState:
+        """What the policy needs to know of the step just scheduled."""
+        longest = self.num_spec_tokens
+        num_decode = prefill = unfinished_prefill = context = 0
+        caps: list[int] = []
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            computed = request.num_computed_tokens + num_tokens
+            behind = request.num_tokens + request.num_output_placeholders - computed
+            if behind > 0:
+                prefill += num_tokens
+                unfinished_prefill += behind
+                continue
+            num_decode += 1
+            context += computed
+            drafts = output.scheduled_spec_decode_tokens.get(request_id)
+            prefill += num_tokens - 1 - (len(drafts) if drafts else 0)
+            left = min(request.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens) - 2
+            cap = min(left, self._caps.get(request_id, longest))
+            if cap < longest:
+                caps.append(max(0, cap))
+        budget = self.max_num_scheduled_tokens
+        if self.waiting and output.total_num_scheduled_tokens >= budget:
+            unfinished_prefill = budget  # prompts are waiting for nothing but this step's token budget
+        return StepState(
+            num_decode=num_decode,
+            mean_context=context / max(1, num_decode),
+            num_waiting=len(self.waiting),
+            prefill_tokens=prefill,
+            pending_prefill_tokens=min(unfinished_prefill, budget),
+            draft_caps=caps,
+        )
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
+        if self._in_flight and self._in_flight[0].output is scheduler_output:
+            self._observe(self._in_flight.popleft(), model_runner_output)
+        result = super().update_from_output(scheduler_output, model_runner_output)
+        self._busy_since = time.perf_counter() if self.has_unfinished_requests() else None
+        return result
+
+    def _observe(self, step: InFlightStep, result: ModelRunnerOutput) -> None:
+        """Acceptance and duration of a finished step."""
+        sampled, rows = result.sampled_token_ids, result.req_id_to_index
+        emitted = sum(map(len, sampled))
+        for request_id, drafts in step.output.scheduled_spec_decode_tokens.items():
+            row = rows.get(request_id)
+            if row is not None and sampled[row]:
+                self._controller.observe_acceptance(len(drafts), len(sampled[row]) - 1)
+        state, decision = step.decision.state, step.decision
+        speedup = None
+        if self._busy_since is not None and state.num_decode > 0:
+            seconds = time.perf_counter() - self._busy_since
+            self._controller.observe_step(
+                StepObservation(
+                    seconds=seconds,
+                    num_decode=state.num_decode,
+                    mean_context=state.mean_context,
+                    num_verified=step.num_verified / state.num_decode,
+                    num_drafted=decision.num_draft_tokens,
+                    prefill_tokens=state.prefill_tokens,
+                )
+            )
+            if decision.times and state.prefill_tokens == 0:
+                speedup = emitted / state.num_decode * decision.times[0] / seconds
+        if self.log_stats:
+            self._step_stats.append(
+                StepStats(
+                    num_draft_tokens=decision.num_draft_tokens,
+                    reason=decision.reason.value,
+                    num_decode=state.num_decode,
+                    predicted_speedup=decision.predicted_speedup,
+                    achieved_speedup=speedup,
+                )
+            )
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and self._step_stats:
+            # The only free-form field that vLLM carries to the front end; metrics.record takes it out again there.
+            mine = {
+                "model_name": self.vllm_config.model_config.served_model_name,
+                "max_draft_tokens": self.num_spec_tokens,
+                "steps": [step.as_list() for step in self._step_stats],
+            }
+            stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), STATS_KEY: mine}
+            self._step_stats = []
+        return stats
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        self._caps.pop(request.request_id, None)
+        self._controller.finish_request(request.request_id)
+        return super()._free_request(request, *args, **kwargs)
 
 
-class SelfSpecScheduler(SelfSpecScheduling, Scheduler):
+class SelfSpecScheduler(SelfSpecScheduling):
     """vLLM's scheduler with controlled draft lengths."""
 
 
