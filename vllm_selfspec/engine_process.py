@@ -154,6 +154,7 @@ class EngineProcess:
 
 def _environment(engine_args: dict[str, Any]) -> dict[str, str]:
     env = dict(os.environ) | engine_environment()
+    env.pop("VLLM_SELFSPEC", None)  # the arguments alone say which engine this is; a plain one stays plain
     if is_cpu_platform():
         # Idle OpenMP threads of one engine would otherwise spin on the cores that another one needs.
         env.setdefault("KMP_BLOCKTIME", "1")

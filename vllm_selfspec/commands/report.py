@@ -60,7 +60,7 @@ def print_run(run: "RolloutRun") -> None:
     settings, spec = run.settings, run.spec()
     modes = run.modes()
     table = Table(
-        title=f"{settings['model']}: {settings['num_prompts']} prompts x {settings['n']} samples, "
+        title=f"{_model_name(run)}: {settings['num_prompts']} prompts x {settings['n']} samples, "
         f"batch {settings['batch']}, temperature {settings['temperature']:g}, up to {settings['max_tokens']} tokens",
         caption=_hardware_line(run),
     )
@@ -91,6 +91,10 @@ def print_run(run: "RolloutRun") -> None:
         only_selfspec("mean acceptance length", _number(spec.acceptance_length, ".2f"))
         only_selfspec("draft lengths used", draft_length_text(spec.draft_lengths) or "-")
     _console().print(table)
+
+
+def _model_name(run: "RolloutRun") -> str:
+    return Path(str(run.settings["model"])).name
 
 
 def draft_length_text(draft_lengths: dict[int, int]) -> str:
@@ -127,22 +131,24 @@ def _hardware_line(run: "RolloutRun") -> str:
 def _print_comparison(paths: list[Path], runs: "list[RolloutRun]", console: "Console") -> None:
     from rich.table import Table
 
+    baseline = next((speed for run in runs if (speed := run.tokens_per_second("plain"))), None)
     table = Table(title="comparison")
     for name in ("run", "model", "batch", "drafter"):
         table.add_column(name, overflow="fold")
-    for name in ("plain tokens/s", "selfspec tokens/s", "ratio", "acceptance", "length"):
+    for name in ("plain tokens/s", "selfspec tokens/s", "ratio", "to first plain", "acceptance", "length"):
         table.add_column(name, justify="right")
     for path, run in zip(paths, runs, strict=True):
         spec = run.spec()
         drafter = run.settings["speculative_config"].get("drafter")
         table.add_row(
             str(path),
-            str(run.settings["model"]),
+            _model_name(run),
             str(run.settings["batch"]),
             json.dumps(drafter) if drafter else "auto",
             _number(run.tokens_per_second("plain"), ".1f"),
             _number(run.tokens_per_second("selfspec"), ".1f"),
             _ratio_cell(run) or "-",
+            f"{speed / baseline:.2f}x" if baseline and (speed := run.tokens_per_second("selfspec")) else "-",
             _number(spec.acceptance_per_token, ".3f"),
             _number(spec.acceptance_length, ".2f"),
         )
@@ -166,7 +172,7 @@ def plot_runs(runs: "list[RolloutRun]", path: Path) -> None:
             speed.plot(numbers, [item.tokens_per_second for item in items], "o-", color=_COLORS[mode], label=label)
             speed.set_xticks(numbers)
         ratio = run.ratio()
-        title = f"{Path(str(run.settings['model'])).name}, batch {run.settings['batch']}"
+        title = f"{_model_name(run)}, batch {run.settings['batch']}"
         speed.set(title=title + (f": {ratio:.2f}x" if ratio else ""), xlabel="round", ylabel="tokens/s")
         speed.set_ylim(bottom=0)
         speed.legend()

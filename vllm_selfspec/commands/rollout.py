@@ -1,6 +1,7 @@
 """`vllm-selfspec rollout`: the same prompts by plain and by self-speculative decoding, in alternating rounds."""
 
 import contextlib
+import io
 import json
 import signal
 import sys
@@ -8,7 +9,7 @@ import time
 from collections.abc import Generator, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -129,16 +130,20 @@ def rollout(
     samples_path = folder / _SAMPLES
     num_saved = 0
     try:
-        with _open_samples(samples_path) as samples, _stop_signals():
-            for finished in run_rounds(run, per_mode, requests, sampling, rounds, folder, console):
-                _append(samples, finished)
+        with (
+            _stop_signals(),
+            _open_samples(samples_path) as samples,
+            contextlib.closing(run_rounds(run, per_mode, requests, sampling, rounds, folder, console)) as finished,
+        ):
+            for sample in finished:
+                _append(samples, sample)
                 num_saved += 1
     except KeyboardInterrupt:
         run.interrupted = True
-    if run.rounds or not run.interrupted:
-        run.save(folder / _RUN)
-    if run.interrupted:
         _leave_interrupted(console, samples_path, num_saved)
+    finally:
+        if run.rounds:
+            run.save(folder / _RUN)
     plot_runs([run], folder / _PLOT)
     print_run(run)
     console.print(
@@ -189,7 +194,7 @@ def run_rounds(
     rounds: int,
     folder: Path,
     console: "Console",
-) -> Iterator[dict[str, Any]]:
+) -> "Generator[dict[str, Any], None, None]":
     """Start an engine per mode, alternate between them, and add each finished round to `run`.
 
     Yields:
@@ -277,18 +282,23 @@ def _make_folder(out: Path | None) -> Path:
     return folder
 
 
-def _open_samples(path: Path) -> IO[str]:
+def _open_samples(path: Path) -> io.FileIO:
     try:
-        return path.open("w", encoding="utf-8")
+        return io.FileIO(path, "w")
     except OSError as error:
         raise UsageError(f"--out: {path} cannot be written ({error.strerror})") from None
 
 
-def _append(samples: IO[str], record: dict[str, Any]) -> None:
+def _append(samples: io.FileIO, record: dict[str, Any]) -> None:
+    """Write one line, unbuffered: a line that does not fit on the disk is taken back whole."""
+    line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    position = samples.tell()
     try:
-        samples.write(json.dumps(record, ensure_ascii=False) + "\n")
-        samples.flush()
+        while line:
+            line = line[samples.write(line) :]
     except OSError as error:
+        with contextlib.suppress(OSError):
+            samples.truncate(position)
         raise EngineError(
             f"{samples.name} cannot be written ({error.strerror}); the samples finished before are in it"
         ) from None

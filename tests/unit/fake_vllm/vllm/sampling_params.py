@@ -1,0 +1,3 @@
+from types import SimpleNamespace
+
+RequestOutputKind = SimpleNamespace(FINAL_ONLY="final only")
