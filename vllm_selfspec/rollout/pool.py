@@ -48,6 +48,7 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, its token ids, or vLLM's dictionaries `{"prompt": text}` and `{"prompt_token_ids": ids}`."""
 
 _COLLECT_WAIT_S = 10.0
+_SHUT_DOWN = "the pool was shut down before all samples were finished; read streams to their end inside `with`"
 _DEFAULT_MAX_TOKENS = 16  # vLLM's own
 _T = TypeVar("_T")
 
@@ -90,7 +91,9 @@ class SampleStream:
     def report(self) -> PoolReport:
         """Available once the last sample has been delivered."""
         if self._report is None:
-            raise RolloutError("report: the run has not ended; read the stream to its end first")
+            raise RolloutError(
+                "report: there is none before the last sample, nor after an error; read to the end first"
+            )
         return self._report
 
     def finished_now(self) -> list[Sample]:
@@ -356,7 +359,7 @@ class RolloutPool:
         if n < 1:
             raise InvalidRequestError(f"n: {n} samples per prompt; pass 1 or more")
         run_id = next(self._run_ids)
-        stream = SampleStream(lambda: self._from_outside(self._cancel, run_id))
+        stream = SampleStream(lambda: self._from_outside(self._cancel, run_id, stream))
         self._from_outside(self._spawn, self._open(run_id, stream, list(prompts), n, params))
         return stream
 
@@ -456,7 +459,7 @@ class RolloutPool:
     async def _shutdown(self) -> None:
         self._closing = True
         for run_id in list(self._runs):
-            self._fail(run_id, RolloutError("the pool was shut down before all samples were finished"))
+            self._fail(run_id, RolloutError(_SHUT_DOWN))
         tasks = [slot.task for slot in self._slots.values() if slot.task is not None] + list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -570,8 +573,13 @@ class RolloutPool:
         """Tokenize, check and queue a run."""
         try:
             tokens = await self._tokenize(prompts)
+        except asyncio.CancelledError:
+            stream._close(None, RolloutError(_SHUT_DOWN))
+            raise
         except Exception as error:
             stream._close(None, error)
+            return
+        if stream._ended:  # cancelled meanwhile
             return
         if all(slot.given_up for slot in self._slots.values()):
             stream._close(None, PoolFailedError("no worker is left; see the log for why each of them was given up"))
@@ -625,10 +633,11 @@ class RolloutPool:
                     return slot
             await asyncio.sleep(0.05)
 
-    def _cancel(self, run_id: int) -> None:
+    def _cancel(self, run_id: int, stream: SampleStream) -> None:
         """Forget a run; its stream ends after what is finished."""
         run = self._runs.pop(run_id, None)
         if run is None:
+            stream._close(None)
             return
         for worker_id, keys in self._dispatcher.cancel(run_id).items():
             self._spawn(self._abort(self._slots[worker_id], keys))
@@ -641,7 +650,7 @@ class RolloutPool:
         run = self._runs.get(run_id)
         if run is not None:
             run.stream._close(None, error)
-            self._cancel(run_id)
+            self._cancel(run_id, run.stream)
 
     async def _abort(self, slot: _Slot, keys: list[SampleKey]) -> None:
         try:

@@ -1,6 +1,7 @@
 """Samples to a JSONL file, one line each, so that an interruption or a full disk costs no finished line."""
 
 import os
+import stat
 from collections.abc import AsyncIterable, Iterable
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,8 @@ class SampleWriter:
             raise OutputFullError(
                 f"output: cannot open {self.path} ({error.strerror}); choose another path", 0, []
             ) from (error)
-        self._end = os.fstat(self._fd).st_size
+        status = os.fstat(self._fd)
+        self._regular, self._end = stat.S_ISREG(status.st_mode), status.st_size
 
     def write(self, sample: Sample) -> None:
         """Add one line.
@@ -40,7 +42,8 @@ class SampleWriter:
             while line:  # a nearly full disk takes a part before it refuses the rest
                 line = line[os.write(self._fd, line) :]
         except OSError as error:
-            os.ftruncate(self._fd, self._end)
+            if self._regular:
+                os.ftruncate(self._fd, self._end)
             raise OutputFullError(
                 f"output: {self.path} cannot take sample {self.written + 1} ({error.strerror}); free space or choose "
                 f"another path: {self.written} samples are complete in the file",

@@ -1,0 +1,441 @@
+"""The pool with workers that have no engine: streaming, faults, weights. No Ray, vLLM or torch."""
+
+import asyncio
+import json
+import resource
+import signal
+import struct
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vllm_selfspec.rollout import (
+    DummyWorker,
+    InvalidRequestError,
+    OutputFullError,
+    PoolFailedError,
+    RolloutError,
+    RolloutPool,
+    Sample,
+    SampleWriter,
+    WeightUpdateError,
+    WorkerDeadError,
+    read_samples,
+    write_samples,
+)
+from vllm_selfspec.rollout.types import WorkerInfo
+
+PARAMS = {"max_tokens": 8}
+
+
+class Fleet:
+    """Makes dummy workers and remembers them in the order in which they were made."""
+
+    def __init__(self, **options: object) -> None:
+        self.options = options
+        self.made: list[DummyWorker] = []
+
+    def __call__(self, worker_id: int) -> DummyWorker:
+        self.made.append(DummyWorker(worker_id, **self.options))  # type: ignore[arg-type]
+        return self.made[-1]
+
+
+def pool_of(num_workers: int, fleet: Callable[[int], DummyWorker] | None = None, **options: object) -> RolloutPool:
+    return RolloutPool(num_workers=num_workers, make_handle=fleet or Fleet(), **options)  # type: ignore[arg-type]
+
+
+def keys(samples: list[Sample]) -> Counter:
+    return Counter((sample.prompt_index, sample.sample_index) for sample in samples)
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> Path:
+    header, data = {}, b""
+    for name, tensor in tensors.items():
+        raw = tensor.tobytes()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+    return path
+
+
+def weights(folder: Path, name: str, value: float = 1.0, **extra: np.ndarray) -> Path:
+    return write_safetensors(folder / name, {"a": np.full((2, 3), value, np.float32), **extra})
+
+
+# -- samples -----------------------------------------------------------------------------------------------------------
+def test_every_sample_comes_once_and_the_report_adds_up() -> None:
+    with pool_of(3) as pool:
+        stream = pool.generate(["one", "two", [1, 2, 3]] * 10, n=4, sampling_params=PARAMS)
+        samples = list(stream)
+    assert keys(samples) == {(prompt, i): 1 for prompt in range(30) for i in range(4)}
+    report = stream.report
+    assert report.samples == 120
+    assert report.generated_tokens == 120 * 8
+    assert sum(worker.samples for worker in report.workers) == 120
+    assert report.restarts == report.regenerated_samples == 0
+    assert all(
+        0 <= worker.utilisation <= 1 and 0 <= worker.occupancy <= worker.utilisation for worker in report.workers
+    )
+
+
+async def test_samples_stream_as_they_finish_also_in_asyncio() -> None:
+    lengths = {0: 200, 1: 1}
+    fleet = Fleet(length=lambda key: lengths[key[1]], seconds_per_token=0.002, capacity=1)
+    async with pool_of(2, fleet) as pool:
+        order = [sample.prompt_index async for sample in pool.generate(["slow", "fast"], 1, {"max_tokens": 500})]
+    assert order == [1, 0]
+
+
+def test_two_runs_at_once_get_their_own_samples() -> None:
+    with pool_of(2, Fleet(seconds_per_token=0.0005)) as pool:
+        first, second = pool.generate(["a"] * 5, 3, PARAMS), pool.generate(["b"] * 7, 2, PARAMS)
+        assert keys(list(second)) == {(prompt, i): 1 for prompt in range(7) for i in range(2)}
+        assert keys(list(first)) == {(prompt, i): 1 for prompt in range(5) for i in range(3)}
+
+
+def test_generate_all_is_ordered() -> None:
+    with pool_of(2, Fleet(length=lambda key: 9 - key[2], seconds_per_token=0.001)) as pool:
+        samples = pool.generate_all(["a", "b"], 3, PARAMS)
+    assert [(sample.prompt_index, sample.sample_index) for sample in samples] == [
+        (p, i) for p in range(2) for i in range(3)
+    ]
+
+
+def test_the_tail_is_shared_when_one_worker_holds_all_of_it() -> None:
+    with pool_of(2, Fleet(capacity=2, seconds_per_token=0.001)) as pool:
+        stream = pool.generate(["only"], 24, PARAMS)
+        list(stream)
+    assert stream.report.moved_samples > 0
+    assert min(worker.samples for worker in stream.report.workers) >= 6
+
+
+def test_what_a_straggler_holds_but_has_not_begun_is_taken_back() -> None:
+    """Worker 0 sticks to its first sample for ever; its lookahead must not wait behind it."""
+
+    def length(key: tuple[int, int, int]) -> int:
+        return 10_000 if key[1] == 0 else 1
+
+    with pool_of(2, Fleet(capacity=1, length=length, seconds_per_token=0.001), lookahead=3) as pool:
+        stream = pool.generate(["stuck"] + ["quick"] * 6, 1, {"max_tokens": 10_000})
+        quick = [next(stream) for _ in range(6)]
+        assert {sample.prompt_index for sample in quick} == set(range(1, 7))
+        assert {sample.worker_id for sample in quick} == {1}
+        stream.cancel()
+        assert list(stream) == []
+    assert stream.report.samples == 6
+
+
+def test_cancel_ends_the_run_and_frees_the_workers() -> None:
+    fleet = Fleet(capacity=4, seconds_per_token=0.05)
+    with pool_of(1, fleet) as pool:
+        stream = pool.generate(["a"] * 50, 1, PARAMS)
+        stream.cancel()
+        assert len(list(stream)) < 50
+        fleet.made[0]._seconds_per_token = 0.0
+        assert len(pool.generate_all(["b"], 2, PARAMS)) == 2
+
+
+@pytest.mark.parametrize(
+    "prompts, n, params, message",
+    [
+        ([], 1, None, "prompts: the list is empty"),
+        ("text", 1, None, "prompts: pass a list"),
+        (["a"], 0, None, "n: 0 samples per prompt"),
+        (["a"], 1, {"n": 2}, "sampling_params: n belongs to generate"),
+        (["a"], 1, 7, "sampling_params: int is neither"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused_at_once(prompts, n, params, message) -> None:
+    with pool_of(1) as pool, pytest.raises(InvalidRequestError, match=message):
+        pool.generate(prompts, n, params)
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ("x" * 64, "prompt 1 has 64 tokens but the model takes 64 .max_model_len."),
+        ([], "prompt 1 is empty"),
+        ([1, "two"], "prompt 1 is neither a text nor a list of token ids"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_named_before_anything_is_generated(prompt, message) -> None:
+    fleet = Fleet(max_model_len=64)
+    with pool_of(1, fleet) as pool:
+        with pytest.raises(InvalidRequestError, match=message):
+            list(pool.generate(["fits", prompt], 1, PARAMS))
+        assert fleet.made[0]._counters["generated_tokens"] == 0
+        assert len(pool.generate_all(["x" * 63], 1, PARAMS)) == 1
+
+
+def test_a_pool_that_is_not_running_says_so() -> None:
+    pool = pool_of(1)
+    with pytest.raises(RolloutError, match="the pool is not running"):
+        pool.generate(["a"])
+    with pool:
+        pass
+    with pytest.raises(RolloutError, match="the pool is not running"):
+        pool.generate(["a"])
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+def test_killed_workers_are_replaced_and_no_sample_is_lost_or_doubled() -> None:
+    fleet = Fleet(capacity=4, seconds_per_token=0.0005)
+    samples = []
+    with pool_of(2, fleet) as pool:
+        stream = pool.generate(["p"] * 100, 4, PARAMS)
+        for sample in stream:
+            samples.append(sample)
+            if len(samples) in (50, 150, 250):
+                pool._from_outside(fleet.made[-1]._die, RuntimeError("boom"))
+    assert keys(samples) == {(prompt, i): 1 for prompt in range(100) for i in range(4)}
+    assert len(fleet.made) == 5
+    assert stream.report.restarts == 3
+    assert max(sample.attempt for sample in samples) > 1
+    assert stream.report.regenerated_samples >= sum(sample.attempt > 1 for sample in samples)
+
+
+class BornDead(DummyWorker):
+    """Starts, and dies with the first sample."""
+
+    def _begin(self, task) -> None:
+        self._die(RuntimeError("bad luck"))
+
+
+def test_a_worker_that_never_gets_anywhere_is_given_up_and_the_others_finish() -> None:
+    made: list[int] = []
+
+    def fleet(worker_id: int) -> DummyWorker:
+        made.append(worker_id)
+        return BornDead(worker_id) if worker_id == 0 else DummyWorker(worker_id, seconds_per_token=0.001)
+
+    with pool_of(2, fleet, max_restarts=2) as pool:
+        assert len(pool.generate_all(["p"] * 40, 4, PARAMS)) == 160
+    assert made.count(0) == 3
+
+
+def test_finished_samples_can_be_read_before_the_error_that_ends_a_run() -> None:
+    class DiesLater(DummyWorker):
+        def _begin(self, task) -> None:
+            if task.key[1] >= 3:
+                self._die(RuntimeError("bad luck"))
+            else:
+                super()._begin(task)
+
+    with pool_of(1, lambda worker_id: DiesLater(worker_id, capacity=1), max_restarts=1) as pool:
+        stream = pool.generate(["p"] * 5, 1, PARAMS)
+        assert [next(stream).prompt_index for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(PoolFailedError, match=r"no worker is left; .*bad luck"):
+            next(stream)
+        with pytest.raises(PoolFailedError, match="no worker is left"):
+            list(pool.generate(["p"], 1, PARAMS))
+
+
+def test_a_pool_whose_workers_do_not_start_says_why() -> None:
+    class Refuses(DummyWorker):
+        async def start(self) -> WorkerInfo:
+            raise InvalidRequestError("worker 0: the engine did not start: no such model")
+
+    with pytest.raises(PoolFailedError, match="no such model"), pool_of(1, Refuses):
+        pass
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+def test_samples_are_tagged_with_the_version_that_made_them(tmp_path: Path) -> None:
+    fleet = Fleet(seconds_per_token=0.001)
+    with pool_of(2, fleet) as pool:
+        before = pool.generate_all(["p"], 4, PARAMS)
+        pool.set_weights(weights(tmp_path, "one.safetensors"), 1)
+        after = pool.generate_all(["p"], 4, PARAMS)
+        assert pool.weight_version == 1
+    assert {sample.weight_version for sample in before} == {0}
+    assert {sample.weight_version for sample in after} == {1}
+    assert all(worker.loaded == [(str(tmp_path / "one.safetensors"), 1)] for worker in fleet.made)
+
+
+@pytest.mark.parametrize("running", ["wait", "restart"])
+def test_an_update_in_the_middle_of_a_run(tmp_path: Path, running: str) -> None:
+    """Dummy tokens tell which version made them: the tag must agree with them, and no sample is lost."""
+    with pool_of(2, Fleet(seconds_per_token=0.002, capacity=4)) as pool:
+        stream = pool.generate(["p"] * 8, 8, PARAMS)
+        samples = [next(stream) for _ in range(10)]
+        pool.set_weights(weights(tmp_path, "one.safetensors"), 1, running)
+        samples += list(stream)
+    assert keys(samples) == {(prompt, i): 1 for prompt in range(8) for i in range(8)}
+    for sample in samples:
+        made_with = (sample.token_ids[0] - sample.prompt_index * 7919 - sample.sample_index * 104729) % 32000
+        assert made_with == sample.weight_version
+    assert {sample.weight_version for sample in samples} == {0, 1}
+    assert (max(sample.attempt for sample in samples) == 2) == (running == "restart")
+
+
+def test_a_worker_that_fails_to_load_takes_the_whole_update_back(tmp_path: Path) -> None:
+    made: list[DummyWorker] = []
+
+    def fleet(worker_id: int) -> DummyWorker:
+        made.append(DummyWorker(worker_id, refuse_versions=[2] if worker_id == 1 else []))
+        return made[-1]
+
+    with pool_of(3, fleet) as pool:
+        pool.set_weights(weights(tmp_path, "one.safetensors"), 1)
+        with pytest.raises(WeightUpdateError, match=r"worker 1 failed to load it .*; all workers hold version 1 again"):
+            pool.set_weights(weights(tmp_path, "two.safetensors"), 2)
+        assert pool.weight_version == 1
+        assert {sample.weight_version for sample in pool.generate_all(["p"] * 6, 4, PARAMS)} == {1}
+        pool.set_weights(weights(tmp_path, "three.safetensors"), 3)
+        assert {sample.weight_version for sample in pool.generate_all(["p"] * 6, 4, PARAMS)} == {3}
+    assert [version for _, version in made[0].loaded] == [1, 2, 1, 3]
+    assert len(made) == 3
+
+
+def test_a_worker_that_cannot_go_back_is_built_again_on_the_known_version(tmp_path: Path) -> None:
+    made: list[DummyWorker] = []
+
+    def fleet(worker_id: int) -> DummyWorker:
+        made.append(DummyWorker(worker_id, refuse_versions=[1] if worker_id == 1 else []))
+        return made[-1]
+
+    with pool_of(2, fleet) as pool:
+        with pytest.raises(WeightUpdateError, match="all workers hold version 0 again"):
+            pool.set_weights(weights(tmp_path, "one.safetensors"), 1)  # version 0 of a dummy has no folder
+        assert {sample.weight_version for sample in pool.generate_all(["p"] * 40, 4, PARAMS)} == {0}
+    assert len(made) == 4
+
+
+def test_a_restarted_worker_holds_the_present_version(tmp_path: Path) -> None:
+    fleet = Fleet(seconds_per_token=0.0005)
+    with pool_of(1, fleet) as pool:
+        path = weights(tmp_path, "one.safetensors")
+        pool.set_weights(path, 1)
+        pool._from_outside(fleet.made[0]._die, RuntimeError("boom"))
+        assert {sample.weight_version for sample in pool.generate_all(["p"] * 8, 4, PARAMS)} == {1}
+        assert fleet.made[1].loaded == [(str(path), 1)]
+
+
+def test_a_version_whose_files_were_changed_is_never_loaded_as_that_version(tmp_path: Path) -> None:
+    fleet = Fleet()
+    with pool_of(1, fleet, max_restarts=1) as pool:
+        path = weights(tmp_path, "one.safetensors")
+        pool.set_weights(path, 1)
+        weights(tmp_path, "one.safetensors", 2.0, b=np.zeros(5, np.float32))
+        pool._from_outside(fleet.made[0]._die, RuntimeError("boom"))
+        with pytest.raises(PoolFailedError, match=r"version 1 in .* were changed after they were loaded"):
+            pool.generate_all(["p"] * 8, 4, PARAMS)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_weights_are_refused_before_any_worker_is_touched(tmp_path: Path, bad: float) -> None:
+    tensor = np.ones((4, 4), np.float32)
+    tensor[2, 1] = bad
+    fleet = Fleet()
+    with pool_of(2, fleet) as pool:
+        with pytest.raises(WeightUpdateError, match="tensor b holds a non-finite value at flat index 9"):
+            pool.set_weights(weights(tmp_path, "bad.safetensors", b=tensor), 1)
+        assert pool.weight_version == 0
+        assert len(pool.generate_all(["p"], 2, PARAMS)) == 2
+    assert all(worker.loaded == [] for worker in fleet.made)
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    one = np.ones((2, 2), np.float32)
+    with pool_of(1) as pool:
+        pool.set_weights(weights(tmp_path, "one.safetensors", b=one), 1)
+        with pytest.raises(WeightUpdateError, match="tensor b is missing"):
+            pool.set_weights(weights(tmp_path, "two.safetensors"), 2)
+        with pytest.raises(WeightUpdateError, match="the model has no tensor c"):
+            pool.set_weights(weights(tmp_path, "three.safetensors", b=one, c=one), 2)
+        with pytest.raises(WeightUpdateError, match=r"tensor b has shape \[4\] but the model's has \[2, 2\]"):
+            pool.set_weights(weights(tmp_path, "four.safetensors", b=np.ones(4, np.float32)), 2)
+        with pytest.raises(WeightUpdateError, match="neither a safetensors file nor a folder"):
+            pool.set_weights(tmp_path / "nowhere", 2)
+        with pytest.raises(WeightUpdateError, match="version: 1 is negative or the present one"):
+            pool.set_weights(tmp_path / "one.safetensors", 1)
+        pool.set_weights(weights(tmp_path, "five.safetensors", b=one, **{"lm_head.weight": one}), 2)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 4, struct.pack("<Q", 1 << 40), struct.pack("<Q", 3) + b"{{{"])
+def test_files_that_are_not_safetensors_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(content)
+    with pool_of(1) as pool, pytest.raises(WeightUpdateError, match="cannot be read as safetensors"):
+        pool.set_weights(path, 1)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    path = weights(tmp_path, "short.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pool_of(1) as pool, pytest.raises(WeightUpdateError, match="cut short inside tensor a"):
+        pool.set_weights(path, 1)
+
+
+# -- the output file ---------------------------------------------------------------------------------------------------
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 4,096 bytes in this process, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+async def test_a_full_disk_keeps_every_finished_sample(tmp_path: Path, small_files: None) -> None:
+    path = tmp_path / "samples.jsonl"
+    async with pool_of(1, Fleet(seconds_per_token=0.0001)) as pool:
+        stream = pool.generate(["p"] * 50, 2, PARAMS)
+        with pytest.raises(OutputFullError, match="samples are complete in the file") as caught:
+            await write_samples(path, stream)
+        rest = [sample async for sample in stream]
+    kept = list(read_samples(path))
+    assert len(kept) == caught.value.written > 0
+    assert keys(kept + caught.value.unwritten + rest) == {(prompt, i): 1 for prompt in range(50) for i in range(2)}
+
+
+def test_a_real_full_device_gives_one_clear_error(tmp_path: Path) -> None:
+    sample = Sample(
+        prompt_index=0, sample_index=0, token_ids=[1], finish_reason="stop", worker_id=0, weight_version=0, attempt=1
+    )
+    target = tmp_path / "full"
+    target.symlink_to("/dev/full")
+    with SampleWriter(target) as writer, pytest.raises(OutputFullError, match="No space left on device") as caught:
+        writer.write(sample)
+    assert caught.value.unwritten == [sample]
+
+
+def test_writing_appends_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "samples.jsonl"
+
+    async def run() -> None:
+        async with pool_of(1) as pool:
+            assert await write_samples(path, pool.generate(["p"], 3, PARAMS)) == 3
+            assert await write_samples(path, pool.generate(["p"], 2, PARAMS)) == 2
+
+    asyncio.run(run())
+    assert len(list(read_samples(path))) == 5
+
+
+def test_a_lone_worker_streams_a_group_and_refuses_after_its_death() -> None:
+    from vllm_selfspec.rollout import GenerateRequest
+
+    async def run() -> None:
+        worker = DummyWorker(0)
+        request = GenerateRequest(
+            run=0, prompt_index=0, prompt_token_ids=[1], samples=[(0, 1), (1, 1)], sampling_params=PARAMS
+        )
+        assert {sample.sample_index async for sample in worker.generate(request)} == {0, 1}
+        await worker.kill()
+        with pytest.raises(WorkerDeadError, match="worker 0 was killed"):
+            await worker.submit([request])
+
+    asyncio.run(run())
+
+
+def test_the_driver_imports_neither_vllm_nor_torch_nor_ray() -> None:
+    script = "import sys, vllm_selfspec.rollout; print([m for m in ('vllm', 'torch', 'ray') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
