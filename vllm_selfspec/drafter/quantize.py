@@ -46,7 +46,7 @@ class CpuInt8Linear(QuantizedLinear):
     def _pack(self, weight: torch.Tensor):  # type: ignore[no-untyped-def]  # vLLM's handler class is untyped
         from vllm import _custom_ops as ops
 
-        weight = weight.float()
+        weight = weight.to(torch.float32, copy=True)  # divided in place below: never the target's own
         # oneDNN keeps a pointer to the scales: they live as long as the handler, and are overwritten by a refresh.
         self._scale.copy_(weight.abs().amax(dim=1, keepdim=True).clamp_(min=1e-8).div_(127))
         quantized = weight.div_(self._scale).round_().clamp_(-127, 127).to(torch.int8)
