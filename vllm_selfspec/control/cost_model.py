@@ -369,6 +369,16 @@ class CostModel:
         """True when nothing was measured."""
         return self.meta.get("source") == "prior"
 
+    @property
+    def target_roofline(self) -> Roofline:
+        """The fitted roofline of target and verify forwards, without residuals."""
+        return self._forward.roofline
+
+    @property
+    def draft_roofline(self) -> Roofline:
+        """The fitted roofline of draft forwards, without residuals."""
+        return self._draft.roofline
+
     def target_time(self, batch: ArrayLike, seq: ArrayLike) -> Any:
         """T_T: one plain decoding step."""
         return _scalar_or_array(self._forward_table(batch, seq, 0))

@@ -1,0 +1,634 @@
+"""A discrete-event simulator of rollouts on a profile. Every figure that comes out of here is SIMULATED.
+
+One replica is one engine with continuous batching: it admits requests up to `max_num_seqs`, prefills within a token
+budget, and in each step verifies the drafts of the step before, then drafts again. Step times come from a cost model,
+acceptances are drawn per token. The policy under test is asked for each step exactly as a scheduler would ask;
+`ControllerPolicy` wraps the real Controller. Left out: preemption (KV cache is taken to suffice), host time between
+steps, and correlation of acceptance along a text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_selfspec.control.calibrate import acceptance_length
+from vllm_selfspec.control.cost_model import CostModel, ModelConstants, Point, Roofline, StepTimes
+from vllm_selfspec.control.policy import Controller, ControlSettings, StepObservation, StepState
+
+Array = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The requests of one replica; all arrays of one length.
+
+    Attributes:
+        output_tokens: tokens that each request generates, ≥ 1.
+        prompt_tokens: prompt tokens that have to be computed (0 for samples whose prompt is cached).
+        context_tokens: prompt tokens that attention sees.
+        arrivals: seconds at which requests arrive, 0 for a rollout.
+        acceptance: probability that a draft token is accepted, per request.
+        max_num_seqs: requests that run together at most.
+        max_batched_tokens: token budget of one step.
+    """
+
+    output_tokens: IntArray
+    prompt_tokens: IntArray
+    context_tokens: IntArray
+    arrivals: Array
+    acceptance: Array
+    max_num_seqs: int = 256
+    max_batched_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        sizes = {len(value) for value in vars(self).values() if isinstance(value, np.ndarray)}
+        if len(sizes) != 1 or 0 in sizes:
+            raise ValueError(f"the arrays of a workload have the lengths {sorted(sizes)}: give one entry per request.")
+        if (self.output_tokens < 1).any():
+            raise ValueError("output_tokens holds a request without tokens: leave it out.")
+        if not ((self.acceptance >= 0.0) & (self.acceptance <= 1.0)).all():
+            raise ValueError("acceptance must lie between 0 and 1 for every request.")
+
+
+def sample_lengths(count: int, rng: np.random.Generator, *, median: float, sigma: float, longest: int) -> IntArray:
+    """Log-normal output lengths, clipped to 1..longest: the long tail that rollouts are known for."""
+    drawn = np.exp(rng.normal(math.log(median), sigma, count))
+    return np.clip(np.round(drawn), 1, longest).astype(np.int64)
+
+
+def rollout_workload(
+    output_tokens: Sequence[int] | IntArray,
+    rng: np.random.Generator,
+    *,
+    acceptance: float,
+    acceptance_spread: float = 0.0,
+    prompt_tokens: int = 256,
+    samples_per_prompt: int = 8,
+    max_num_seqs: int = 256,
+    arrival_rate: float | None = None,
+) -> Workload:
+    """Requests of a rollout (all at once) or, with `arrival_rate` per second, of a server under Poisson load.
+
+    `acceptance_spread` is the standard deviation of acceptance between requests (Beta distributed). The first of each
+    `samples_per_prompt` requests pays for the prompt, the others find it cached.
+    """
+    lengths = np.asarray(output_tokens, dtype=np.int64)
+    count = len(lengths)
+    rates = np.full(count, acceptance)
+    if acceptance_spread > 0.0:
+        strength = acceptance * (1.0 - acceptance) / acceptance_spread**2 - 1.0
+        if strength <= 0.0:
+            raise ValueError(f"acceptance_spread {acceptance_spread} is impossible around acceptance {acceptance}.")
+        rates = rng.beta(acceptance * strength, (1.0 - acceptance) * strength, count)
+    arrivals = np.zeros(count)
+    if arrival_rate is not None:
+        arrivals = np.cumsum(rng.exponential(1.0 / arrival_rate, count))
+    first = np.arange(count) % max(1, samples_per_prompt) == 0
+    return Workload(
+        output_tokens=lengths,
+        prompt_tokens=np.where(first, prompt_tokens, 0),
+        context_tokens=np.full(count, prompt_tokens),
+        arrivals=arrivals,
+        acceptance=rates,
+        max_num_seqs=max_num_seqs,
+    )
+
+
+class Policy(Protocol):
+    """What the simulator asks in each step, and tells afterwards."""
+
+    name: str
+
+    def start_rollout(self) -> None:
+        """A new rollout begins on the same engine."""
+        ...
+
+    def draft_length(self, state: StepState) -> int:
+        """γ of the step being scheduled."""
+        ...
+
+    def observe(self, observation: StepObservation, drafted: IntArray, accepted: IntArray) -> None:
+        """The step is over: its duration, and per decoding request what was verified and accepted."""
+        ...
+
+
+class PlainPolicy:
+    """Never drafts."""
+
+    name = "plain"
+
+    def start_rollout(self) -> None:
+        """Nothing to reset."""
+
+    def draft_length(self, state: StepState) -> int:
+        """Always 0."""
+        return 0
+
+    def observe(self, observation: StepObservation, drafted: IntArray, accepted: IntArray) -> None:
+        """Learns nothing."""
+
+
+class FixedPolicy(PlainPolicy):
+    """Always drafts the same number of tokens."""
+
+    def __init__(self, num_draft_tokens: int) -> None:
+        self.num_draft_tokens = num_draft_tokens
+        self.name = f"fixed γ={num_draft_tokens}"
+
+    def draft_length(self, state: StepState) -> int:
+        """The fixed number."""
+        return self.num_draft_tokens
+
+
+class StaticTablePolicy(PlainPolicy):
+    """vLLM's static batch-size table: γ by number of running requests, made once for one context and acceptance."""
+
+    name = "static table"
+
+    def __init__(self, cost: CostModel, max_draft_tokens: int, max_batch: int, *, seq: int, acceptance: float) -> None:
+        gammas = np.arange(max_draft_tokens + 1)
+        tau = acceptance_length(gammas, min(acceptance, 1.0 - 1e-9))
+        edges = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+        self.table: list[int] = [0] * (max_batch + 1)
+        for low, high in zip(edges, [*edges[1:], max_batch + 1], strict=True):
+            best = int(np.argmax(tau / np.asarray(cost.cycle_time(math.sqrt(low * max(low, high - 1)), seq, gammas))))
+            for batch in range(low, min(high, max_batch + 1)):
+                self.table[batch] = best
+
+    def draft_length(self, state: StepState) -> int:
+        """The table's entry."""
+        return self.table[min(state.num_decode, len(self.table) - 1)]
+
+
+class ReferencePolicy:
+    """The latch and ladder of EfficientRollout (arXiv 2606.18967), from its description.
+
+    Off at the start of each rollout. Once more than `ramp` requests have run, it fires when the predicted speedup at the
+    ladder's γ reaches 1 + margin, with an acceptance length frozen from the rollout before (γ itself at first and after
+    a change), and stays on until the next rollout. Between rollouts γ moves one rung up after two rollouts in a row with
+    acceptance ≥ `up`, one down after two with ≤ `down`. It is given the same cost model as everybody else, not the
+    published six-parameter fit.
+    """
+
+    name = "latch + ladder"
+
+    def __init__(
+        self,
+        cost: CostModel,
+        *,
+        ladder: Sequence[int] = (5, 7, 9, 11),
+        margin: float = 0.05,
+        ramp: int = 32,
+        up: float = 0.94,
+        down: float = 0.85,
+        persistence: int = 2,
+    ) -> None:
+        self.cost, self.ladder, self.margin, self.ramp = cost, tuple(ladder), margin, ramp
+        self.up, self.down, self.persistence = up, down, persistence
+        self._rung = 0
+        self._crossings = 0
+        self._acceptance_length = float(self.ladder[0])
+        self._drafts = self._accepted = 0
+        self._fired = self._seen_full = False
+
+    def start_rollout(self) -> None:
+        """Move on the ladder, freeze the acceptance length, switch off."""
+        if self._drafts:
+            gamma = self.ladder[self._rung]
+            rate = self._accepted / (self._drafts * gamma)
+            self._acceptance_length = 1.0 + self._accepted / self._drafts
+            step = 1 if rate >= self.up else -1 if rate <= self.down else 0
+            self._crossings = self._crossings + step if step and self._crossings * step >= 0 else step
+            if abs(self._crossings) >= self.persistence:
+                self._crossings = 0
+                moved = min(len(self.ladder) - 1, max(0, self._rung + step))
+                if moved != self._rung:
+                    self._rung = moved
+                    self._acceptance_length = float(self.ladder[moved])
+        self._drafts = self._accepted = 0
+        self._fired = self._seen_full = False
+
+    def draft_length(self, state: StepState) -> int:
+        """0 until the latch has fired, then the ladder's γ."""
+        gamma = self.ladder[self._rung]
+        if not self._fired:
+            if not self._seen_full:
+                self._seen_full = state.num_decode > self.ramp
+                return 0
+            if state.num_decode == 0:
+                return 0
+            speedup = self.cost.speedup(state.num_decode, state.mean_context, gamma, self._acceptance_length)
+            self._fired = bool(speedup >= 1.0 + self.margin)
+        return gamma if self._fired else 0
+
+    def observe(self, observation: StepObservation, drafted: IntArray, accepted: IntArray) -> None:
+        """Count drafts and acceptances of the rollout."""
+        verified = drafted > 0
+        self._drafts += int(verified.sum())
+        self._accepted += int(accepted[verified].sum())
+
+
+class ControllerPolicy:
+    """The product's own Controller."""
+
+    name = "selfspec"
+
+    def __init__(self, settings: ControlSettings, cost: CostModel | None, max_batch: int) -> None:
+        self.controller = Controller(settings, cost, max_batch=max_batch)
+
+    def start_rollout(self) -> None:
+        """The controller needs no reset between rollouts."""
+
+    def draft_length(self, state: StepState) -> int:
+        """The controller's decision."""
+        return self.controller.decide(state).num_draft_tokens
+
+    def observe(self, observation: StepObservation, drafted: IntArray, accepted: IntArray) -> None:
+        """Pass everything on, as the scheduler does."""
+        self.controller.observe_step(observation)
+        for num_drafted, num_accepted in zip(drafted.tolist(), accepted.tolist(), strict=True):
+            if num_drafted:
+                self.controller.observe_acceptance(num_drafted, num_accepted)
+
+
+class OraclePolicy(PlainPolicy):
+    """Knows true times and true mean acceptance and takes the best rate in every step."""
+
+    name = "oracle"
+
+    def __init__(self, clock: Clock, max_draft_tokens: int, acceptance: float) -> None:
+        self.clock = clock
+        self.tokens = acceptance_length(np.arange(max_draft_tokens + 1), min(acceptance, 1.0 - 1e-9)).tolist()
+
+    def draft_length(self, state: StepState) -> int:
+        """The γ with the highest true rate."""
+        if state.num_decode <= 0:
+            return 0
+        times = self.clock.times(state.num_decode, state.mean_context)
+        rates = [tokens / (gamma * times.draft + times.verify[gamma]) for gamma, tokens in enumerate(self.tokens)]
+        return max(range(len(rates)), key=rates.__getitem__)
+
+
+class Clock:
+    """True step durations: a cost model, cached, times log-normal noise."""
+
+    def __init__(self, cost: CostModel, max_draft_tokens: int, noise: float, rng: np.random.Generator) -> None:
+        self.cost, self.max_draft_tokens, self.noise, self._rng = cost, max_draft_tokens, noise, rng
+        self._cache: dict[tuple[int, int], StepTimes] = {}
+
+    def times(self, batch: int, seq: float) -> StepTimes:
+        """Noise-free times of one operating point (context rounded to 1/8 octave)."""
+        key = batch, round(8.0 * math.log2(max(1.0, seq)))
+        found = self._cache.get(key)
+        if found is None:
+            found = self._cache[key] = self.cost.step_times(batch, 2.0 ** (key[1] / 8.0), self.max_draft_tokens)
+        return found
+
+    def seconds(self, batch: int, seq: float, verified: float, drafted: int, prefill: int) -> float:
+        """One step: forward over verified + 1 rows for each of `batch` requests and `prefill` rows, then drafts."""
+        noise = math.exp(self.noise * self._rng.standard_normal()) if self.noise else 1.0
+        if batch == 0:
+            lone = self.times(1, max(1.0, seq))
+            return noise * max(lone.verify[0], prefill * lone.per_row)
+        times = self.times(batch, seq)
+        low = min(int(verified), self.max_draft_tokens)
+        high = min(low + 1, self.max_draft_tokens)
+        forward = times.verify[low] + (verified - low) * (times.verify[high] - times.verify[low])
+        if prefill:
+            forward = max(forward, (batch * (verified + 1.0) + prefill) * times.per_row)
+        return noise * (forward + drafted * times.draft)
+
+
+@dataclass
+class RolloutResult:
+    """One simulated rollout of one replica."""
+
+    makespan: float
+    tokens: int
+    steps: int
+    draft_lengths: dict[int, int]
+    mean_latency: float
+    drafted: int
+    accepted: int
+    timeline: list[tuple[float, int, int]] = field(default_factory=list)
+    """(seconds, decoding requests, γ), thinned to a few hundred entries."""
+
+
+def simulate_rollout(workload: Workload, policy: Policy, clock: Clock, rng: np.random.Generator) -> RolloutResult:
+    """Run one replica until its last request is done."""
+    policy.start_rollout()
+    order = np.argsort(workload.arrivals, kind="stable")
+    total = len(order)
+    admitted = finished = 0
+    now = latency = 0.0
+    remaining = np.empty(0, dtype=np.int64)
+    context = np.empty(0, dtype=np.int64)
+    prefill_left = np.empty(0, dtype=np.int64)
+    drafts = np.empty(0, dtype=np.int64)
+    rates = np.empty(0)
+    arrived = np.empty(0)
+    lengths: Counter[int] = Counter()
+    timeline: list[tuple[float, int, int]] = []
+    steps = num_drafted = num_accepted = tokens = 0
+    arrivals = workload.arrivals[order]
+    while finished < total:
+        if not len(remaining) and arrivals[admitted] > now:
+            now = float(arrivals[admitted])
+        due = int(np.searchsorted(arrivals, now, side="right"))
+        room = min(workload.max_num_seqs - len(remaining), due - admitted)
+        if room > 0:
+            chosen = order[admitted : admitted + room]
+            remaining = np.append(remaining, workload.output_tokens[chosen])
+            context = np.append(context, workload.context_tokens[chosen])
+            # the last prompt token is computed even when the rest is cached
+            prefill_left = np.append(prefill_left, np.maximum(1, workload.prompt_tokens[chosen]))
+            drafts = np.append(drafts, np.zeros(room, dtype=np.int64))
+            rates = np.append(rates, workload.acceptance[chosen])
+            arrived = np.append(arrived, arrivals[admitted : admitted + room])
+            admitted += room
+        decoding = prefill_left == 0
+        batch = int(decoding.sum())
+        prefill, sampled = 0, decoding
+        if batch < len(remaining):
+            budget = max(0, workload.max_batched_tokens - int(drafts.sum()) - batch)
+            waiting = np.cumsum(prefill_left)
+            prefill = min(budget, int(waiting[-1]))
+            prefill_left = np.clip(waiting - prefill, 0, prefill_left)
+            sampled = prefill_left == 0
+        can_draft = int(sampled.sum())
+        mean_context = float(context[sampled].mean()) if can_draft else float(context.mean())
+        caps = remaining[sampled] - 2 - drafts[sampled]
+        short = caps[caps < clock.max_draft_tokens]
+        state = StepState(
+            num_decode=can_draft,
+            mean_context=mean_context,
+            num_waiting=due - admitted,
+            prefill_tokens=prefill,
+            pending_prefill_tokens=min(workload.max_batched_tokens, int(prefill_left.sum())),
+            draft_caps=tuple(np.maximum(0, short).tolist()),
+        )
+        gamma = min(policy.draft_length(state), clock.max_draft_tokens) if can_draft else 0
+        verified = float(drafts[decoding].mean()) if batch else 0.0
+        draft_batch = can_draft if gamma else batch
+        seconds = clock.seconds(batch, mean_context, verified, 0, prefill)
+        if gamma:
+            seconds += gamma * clock.times(draft_batch, mean_context).draft
+        now += seconds
+        steps += 1
+        lengths[gamma] += 1
+        timeline.append((now, can_draft, gamma))
+        # leading successes of Bernoulli trials: a geometric number, cut at the drafts there were
+        accepted = np.zeros(len(remaining), dtype=np.int64)
+        live = drafts > 0
+        if live.any():
+            failures = np.maximum(1.0 - rates[live], 1e-12)
+            accepted[live] = np.minimum(rng.geometric(failures) - 1, drafts[live])
+        produced = np.where(sampled, np.minimum(accepted + 1, remaining), 0)
+        policy.observe(
+            StepObservation(seconds, batch, mean_context, verified, gamma, prefill),
+            drafts[decoding],
+            accepted[decoding],
+        )
+        num_drafted += int(drafts.sum())
+        num_accepted += int(accepted.sum())
+        tokens += int(produced.sum())
+        remaining = remaining - produced
+        context = context + produced
+        drafts = np.where(sampled, np.minimum(gamma, np.maximum(0, remaining - 1)), 0)
+        done = remaining == 0
+        if done.any():
+            latency += float((now - arrived[done]).sum())
+            finished += int(done.sum())
+            keep = ~done
+            remaining, context, prefill_left = remaining[keep], context[keep], prefill_left[keep]
+            drafts, rates, arrived = drafts[keep], rates[keep], arrived[keep]
+    thin = max(1, len(timeline) // 400)
+    return RolloutResult(
+        makespan=now,
+        tokens=tokens,
+        steps=steps,
+        draft_lengths=dict(sorted(lengths.items())),
+        mean_latency=latency / total,
+        drafted=num_drafted,
+        accepted=num_accepted,
+        timeline=timeline[::thin],
+    )
+
+
+@dataclass
+class PolicyResult:
+    """One policy over all simulated rollouts. Seconds; `makespans[rollout][replica]`."""
+
+    name: str
+    makespans: list[list[float]]
+    tokens_per_second: float
+    mean_latency: float
+    draft_lengths: dict[int, int]
+    timeline: list[tuple[float, int, int]]
+
+    @property
+    def rollout_seconds(self) -> float:
+        """Mean over rollouts of the slowest replica: what a synchronous trainer waits for."""
+        return sum(max(replicas) for replicas in self.makespans) / len(self.makespans)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {"simulated": True, "rollout_seconds": self.rollout_seconds, **asdict(self)}
+
+
+def compare(
+    cost: CostModel,
+    workloads: Callable[[np.random.Generator], Workload],
+    policies: Callable[[Clock], Mapping[str, Policy]],
+    *,
+    max_draft_tokens: int,
+    replicas: int = 1,
+    rollouts: int = 1,
+    noise: float = 0.02,
+    seed: int = 0,
+    progress: Callable[[], None] | None = None,
+) -> list[PolicyResult]:
+    """Simulate every policy on the same requests.
+
+    Args:
+        cost: the true times.
+        workloads: draws one replica's requests of one rollout.
+        policies: makes fresh policies, one set per replica, given the replica's clock (for the oracle).
+        max_draft_tokens: the largest γ of any policy.
+        replicas: distinct replicas to simulate. Large fleets are sampled: pass some tens.
+        rollouts: rollouts in a row on living engines; what a policy learns is kept.
+        noise: standard deviation of the logarithm of step durations.
+        seed: makes everything reproducible.
+        progress: called after each simulated rollout of a policy.
+    """
+    results: dict[str, PolicyResult] = {}
+    tokens: Counter[str] = Counter()
+    busy: Counter[str] = Counter()
+    latency: Counter[str] = Counter()
+    lengths: dict[str, Counter[int]] = {}
+    for replica in range(replicas):
+        # every policy gets its own stream of chance; the requests are drawn once and shared
+        clocks = Clock(cost, max_draft_tokens, noise, np.random.default_rng([seed, replica, 1]))
+        team = policies(clocks)
+        for rollout in range(rollouts):
+            workload = workloads(np.random.default_rng([seed, replica, rollout, 2]))
+            for name, policy in team.items():
+                outcome = simulate_rollout(workload, policy, clocks, np.random.default_rng([seed, replica, rollout, 3]))
+                entry = results.setdefault(name, PolicyResult(name, [], 0.0, 0.0, {}, []))
+                if len(entry.makespans) <= rollout:
+                    entry.makespans.append([])
+                entry.makespans[rollout].append(outcome.makespan)
+                if replica == 0:
+                    entry.timeline = outcome.timeline
+                tokens[name] += outcome.tokens
+                busy[name] += outcome.makespan  # type: ignore[assignment]  # seconds, not a count
+                latency[name] += outcome.mean_latency  # type: ignore[assignment]
+                lengths.setdefault(name, Counter()).update(outcome.draft_lengths)
+                if progress is not None:
+                    progress()
+    for name, entry in results.items():
+        entry.tokens_per_second = tokens[name] / busy[name]
+        entry.mean_latency = latency[name] / (replicas * rollouts)
+        entry.draft_lengths = dict(sorted(lengths[name].items()))
+    return list(results.values())
+
+
+def standard_policies(
+    cost: CostModel,
+    *,
+    max_draft_tokens: int = 11,
+    fixed: Sequence[int] = (3, 7),
+    acceptance: float = 0.98,
+    max_batch: int = 256,
+    mean_context: int = 2048,
+    settings: ControlSettings | None = None,
+) -> Callable[[Clock], dict[str, Policy]]:
+    """The comparison of the docs: plain, fixed lengths, static table, the reference's controller, ours, an oracle."""
+    chosen = settings or ControlSettings(max_draft_tokens=max_draft_tokens)
+
+    def build(clock: Clock) -> dict[str, Policy]:
+        team: list[Policy] = [PlainPolicy(), *(FixedPolicy(gamma) for gamma in fixed)]
+        team.append(StaticTablePolicy(cost, max_draft_tokens, max_batch, seq=mean_context, acceptance=acceptance))
+        team.append(ReferencePolicy(cost))
+        team.append(ControllerPolicy(chosen, cost, max_batch))
+        team.append(OraclePolicy(clock, max_draft_tokens, acceptance))
+        return {policy.name: policy for policy in team}
+
+    return build
+
+
+def predict_recorded(recording: Mapping[str, Any], cost: CostModel, *, seed: int = 0) -> dict[str, Any]:
+    """Predict the makespan of a recorded rollout.
+
+    Args:
+        recording: `output_lengths` (tokens per request); optional `prompt_lengths` (default 64), `max_num_seqs` (default
+            all at once), `mode` ("plain", "fixed" or "adaptive", default "plain"), `num_speculative_tokens` (default 7),
+            `acceptance` per drafted token (default 0.97), `makespan` (measured seconds) and `step_seconds`.
+        cost: the profile of the machine it ran on.
+        seed: of the acceptance draws.
+
+    Returns:
+        `predicted_makespan`, `predicted_steps`, and where measured ones are given `measured_makespan` and `error`
+        (predicted / measured - 1). `simulated` is True.
+
+    Raises:
+        ValueError: a field is missing or impossible.
+    """
+    if not recording.get("output_lengths"):
+        raise ValueError("the recording has no output_lengths: give the number of output tokens of each request.")
+    lengths = np.asarray(recording["output_lengths"], dtype=np.int64)
+    prompts = np.broadcast_to(np.asarray(recording.get("prompt_lengths", 64), dtype=np.int64), lengths.shape)
+    gamma = int(recording.get("num_speculative_tokens", 7))
+    batch = int(recording.get("max_num_seqs", len(lengths)))
+    workload = Workload(
+        output_tokens=lengths,
+        prompt_tokens=prompts,
+        context_tokens=prompts,
+        arrivals=np.zeros(len(lengths)),
+        acceptance=np.full(len(lengths), float(recording.get("acceptance", 0.97))),
+        max_num_seqs=batch,
+    )
+    mode = recording.get("mode", "plain")
+    policies: dict[str, Callable[[], Policy]] = {
+        "plain": PlainPolicy,
+        "fixed": lambda: FixedPolicy(gamma),
+        "adaptive": lambda: ControllerPolicy(ControlSettings(max_draft_tokens=gamma), cost, batch),
+    }
+    if mode not in policies:
+        raise ValueError(f"mode of the recording is {mode!r}: give one of {', '.join(policies)}.")
+    rng = np.random.default_rng(seed)
+    outcome = simulate_rollout(workload, policies[mode](), Clock(cost, gamma, 0.0, rng), rng)
+    result: dict[str, Any] = {
+        "simulated": True,
+        "mode": mode,
+        "predicted_makespan": outcome.makespan,
+        "predicted_steps": outcome.steps,
+    }
+    measured = recording.get("makespan")
+    if measured is None and recording.get("step_seconds"):
+        measured = math.fsum(recording["step_seconds"])
+    if measured is not None:
+        result |= {"measured_makespan": float(measured), "error": outcome.makespan / float(measured) - 1.0}
+    return result
+
+
+def scale_cost_model(
+    cost: CostModel,
+    *,
+    weights: float,
+    compute: float,
+    context: float,
+    extra_seconds: float = 0.0,
+    name: str = "scaled",
+) -> CostModel:
+    """A cost model for a larger model on the same kind of machine, by the roofline: an extrapolation, not a measurement.
+
+    Args:
+        cost: what was measured.
+        weights: ratio of weight bytes read per GPU (target and drafter alike).
+        compute: ratio of FLOP per row and GPU.
+        context: ratio of KV bytes per token and GPU.
+        extra_seconds: added to every forward, for instance tensor-parallel all-reduces.
+        name: of the new model, for its meta data.
+
+    Each measured point is multiplied by scaled / original roofline, so kernel effects are carried over as they are.
+    """
+
+    def scaled(line: Roofline) -> Roofline:
+        return replace(
+            line,
+            weights=line.weights * weights,
+            context=line.context * context,
+            span=line.span * context,
+            row=line.row * compute,
+            row_context=line.row_context * compute,
+        )
+
+    points: list[Point] = []
+    for point in cost.points:
+        line = cost.draft_roofline if point.component == "draft" else cost.target_roofline
+        rows = point.batch * (1 if point.component == "draft" else point.num_draft_tokens + 1)
+        at = np.array(float(point.batch)), np.array(float(point.seq)), np.array(float(rows))
+        ratio = float(scaled(line).time(*at) / line.time(*at))
+        points.append(replace(point, seconds=point.seconds * ratio + extra_seconds))
+    meta = {**cost.meta, "model": name, "source": f"SCALED from {cost.meta.get('model')}: no measurement"}
+    return CostModel.fit(points, ModelConstants(), meta)
+
+
+def table_rows(results: Sequence[PolicyResult]) -> Iterator[tuple[str, float, float, float, str]]:
+    """Per policy: name, rollout seconds, reduction against plain, tokens/s per replica, most used draft lengths."""
+    plain = next((result for result in results if result.name == "plain"), None)
+    for result in results:
+        reduction = 1.0 - result.rollout_seconds / plain.rollout_seconds if plain is not None else math.nan
+        total = sum(result.draft_lengths.values())
+        common = sorted(result.draft_lengths.items(), key=lambda item: -item[1])[:4]
+        used = " ".join(f"{gamma}:{100 * count / total:.0f}%" for gamma, count in sorted(common))
+        yield result.name, result.rollout_seconds, reduction, result.tokens_per_second, used
