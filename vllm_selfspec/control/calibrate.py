@@ -53,7 +53,7 @@ def read_sweep(path: str | Path) -> tuple[list[Point], str | None]:
             batch, seq, gamma = int(row["batch"]), int(row["seq"]), int(row["gamma"])
             if component is None or batch < 1 or seq < 1:
                 continue
-            seconds = float(row["median_ms"]) / 1e3
+            seconds = round(float(row["median_ms"]) / 1e3, 9)
             points.append(Point(component, batch, seq, gamma, seconds, _noise(row)))
         except (TypeError, ValueError) as error:
             raise ValueError(f"line {number} of {path} cannot be read ({error}): mend or remove it.") from error
@@ -65,7 +65,7 @@ def _noise(row: Mapping[str, str]) -> float:
     mean, spread = row.get("mean_ms"), row.get("std_ms")
     if not mean or not spread:
         return 0.02
-    return min(0.15, max(0.002, 0.5 * float(spread) / float(mean)))
+    return round(min(0.15, max(0.002, 0.5 * float(spread) / float(mean))), 5)
 
 
 def read_constants(path: str | Path) -> tuple[ModelConstants, dict[str, Any]]:

@@ -102,12 +102,21 @@ class OnlineCorrection:
         self._corrected[key] = (self._updates, times)
         return times
 
-    def doubt(self, batch: float) -> float:
-        """Standard deviation of log(T_D / T_T) near this batch: how well the drafting question is settled."""
-        start = self._octave(batch) * self._width
-        plain, draft = start, start + self._width - 1
-        variance = self._cov[plain, plain] + self._cov[draft, draft] - 2.0 * self._cov[plain, draft]
-        return math.sqrt(max(0.0, float(variance)))
+    def doubts(self, batch: float, seq: float, current: int) -> list[float]:
+        """For each γ, the standard deviation of log(cycle time of γ / cycle time of `current`) at this point."""
+        times = self.step_times(batch, seq, self.max_draft_tokens)
+        gammas = np.arange(self.max_draft_tokens + 1)
+        verify = np.array(times.verify)
+        share = verify / (verify + gammas * times.draft)
+        # rows: the cycle's logarithm as a combination of the octave's corrections
+        mix = np.zeros((len(gammas), self._width))
+        mix[gammas, gammas] = share
+        mix[:, -1] = 1.0 - share
+        mix -= mix[current]
+        start = self._octave(self._key(batch, seq)[0]) * self._width
+        block = self._cov[start : start + self._width, start : start + self._width]
+        variance = np.einsum("ij,jk,ik->i", mix, block, mix)
+        return np.sqrt(np.maximum(variance, 0.0)).tolist()
 
     def predict(self, batch: float, seq: float, num_verified: float, num_drafted: int, prefill_tokens: int) -> float:
         """Seconds of one step that verifies `num_verified` and then drafts `num_drafted` tokens per request."""

@@ -114,13 +114,17 @@ def _roofline_guess(points: Sequence[Point], constants: ModelConstants, draft: b
 
 def _fit_roofline(points: Sequence[Point], rows: Array, constants: ModelConstants, draft: bool) -> Roofline:
     batch, seq, seconds = (np.array([getattr(p, name) for p in points], dtype=float) for name in _POINT_COLUMNS)
-    start = _roofline_guess(points, constants, draft)
+    fits = []
+    # known constants can be far from what the machine reaches, so the scale of the data is a second start
+    for known in {constants, ModelConstants()}:
+        start = _roofline_guess(points, known, draft)
 
-    def residuals(theta: Array) -> Array:
-        misfit = np.log(Roofline(*np.exp(theta)).time(batch, seq, rows) / seconds) / 0.05
-        return np.concatenate([misfit, 0.1 * (theta - start)])
+        def residuals(theta: Array, start: Array = start) -> Array:
+            misfit = np.log(Roofline(*np.exp(theta)).time(batch, seq, rows) / seconds) / 0.05
+            return np.concatenate([misfit, 0.1 * (theta - start)])
 
-    fitted = least_squares(residuals, start, loss="soft_l1").x
+        fits.append(least_squares(residuals, start, loss="soft_l1"))
+    fitted = min(fits, key=lambda fit: float(fit.cost)).x
     return Roofline(*(float(value) for value in np.exp(fitted)))
 
 
@@ -236,6 +240,13 @@ class _Forward:
         return np.asarray(base * np.exp(self.residual.log_ratio(self._features(batch, seq, drafts))))
 
 
+def _non_decreasing(values: Array, axis: int) -> Array:
+    """Halfway between the least non-decreasing majorant and the greatest minorant: dips and spikes share the blame."""
+    upper = np.maximum.accumulate(values, axis=axis)
+    lower = np.flip(np.minimum.accumulate(np.flip(values, axis=axis), axis=axis), axis=axis)
+    return np.asarray(0.5 * (upper + lower))
+
+
 class _Table:
     """A forward on a grid, non-decreasing along batch, with multilinear interpolation and edge clamping."""
 
@@ -247,10 +258,10 @@ class _Table:
         )
         grid = np.meshgrid(*self.axes, indexing="ij")
         flat = forward.time(*(axis.ravel() for axis in grid))
-        values = np.maximum.accumulate(flat.reshape(grid[0].shape), axis=0)
+        values = _non_decreasing(flat.reshape(grid[0].shape), axis=0)
         if not forward.draft:
             # one query row and several run different attention kernels, so γ = 0 stands apart
-            values[:, :, 1:] = np.maximum.accumulate(values[:, :, 1:], axis=2)
+            values[:, :, 1:] = _non_decreasing(values[:, :, 1:], axis=2)
         self.values = values
 
     def __call__(self, batch: ArrayLike, seq: ArrayLike, drafts: ArrayLike) -> Array:
@@ -444,8 +455,8 @@ class CostModel:
                         p.batch,
                         p.seq,
                         p.num_draft_tokens,
-                        float(f"{p.seconds:.6g}"),
-                        float(f"{p.noise:.3g}"),
+                        p.seconds,
+                        p.noise,
                     ]
                     for p in self.points
                 ],
@@ -516,8 +527,11 @@ def _fit_draft(points: Sequence[Point], constants: ModelConstants, pad_drafts: b
         return _Forward(points, constants, draft=True, padded=pad_drafts)
     if len({p.num_draft_tokens for p in points}) < 2:
         return _Forward(points, constants, draft=True, padded=False)
-    plain, padded = (_Forward(points, constants, draft=True, padded=choice) for choice in (False, True))
-    return padded if _unexplained(padded, points) < 0.9 * _unexplained(plain, points) else plain
+    plain, padded = (
+        _unexplained(_Forward(points, constants, draft=True, padded=choice, kernel=Kernel()), points)
+        for choice in (False, True)
+    )
+    return _Forward(points, constants, draft=True, padded=padded < 0.9 * plain)
 
 
 def _unexplained(forward: _Forward, points: Sequence[Point]) -> float:

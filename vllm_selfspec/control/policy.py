@@ -44,9 +44,10 @@ class ControlSettings:
     Attributes:
         max_draft_tokens: the most tokens drafted in one step, ≥ 1.
         mode: "adaptive" decides, "fixed" always drafts the maximum, "off" never drafts.
-        margin: a longer draft must be predicted better by this fraction to replace the current one, and drafting must
-            beat plain decoding by it to be switched on. Switching to a shorter draft needs no margin.
-        probe_interval: decode steps after which a side (drafting, or not drafting) is due for a look.
+        margin: the fraction by which drafting must be predicted to beat plain decoding to be switched on. Between two
+            draft lengths a quarter of it counts. Switching to a shorter draft needs no margin.
+        probe_interval: decode steps after which a side (drafting, or not drafting) is due for a look; a sixteenth of it
+            where the times are so uncertain that another length may well be better.
         probe_steps: consecutive steps of one probe.
         probe_budget: the fraction of time that probes may lose in the long run.
         acceptance_window, acceptance_prior: see `AcceptanceEstimator`.
@@ -111,6 +112,7 @@ class Memory:
     num_draft_tokens: int = 0
     steps_since_draft: int = 0
     steps_since_plain: int = 0
+    steps_since_probe: int = 0
     probe_credit: float = 0.0
     probe_draft_tokens: int = 0
     probe_steps_left: int = 0
@@ -192,7 +194,7 @@ def decide(
     expected_tokens: Sequence[float],
     settings: ControlSettings,
     memory: Memory = Memory(),
-    uncertain: bool = False,
+    doubts: Sequence[float] | None = None,
 ) -> Decision:
     """Choose the draft length of one step.
 
@@ -202,7 +204,8 @@ def decide(
         expected_tokens: τ(0..max) per request, see `AcceptanceEstimator.expected_tokens_table`.
         settings: limits, margin, probes.
         memory: the current draft length and the probes' accounts.
-        uncertain: the times near this state were hardly ever confirmed, so probes come sooner.
+        doubts: for each γ, the standard deviation of the logarithm of its time relative to the current choice's; None
+            when nothing is known about it.
     """
     longest = settings.max_draft_tokens
     if settings.mode == "off":
@@ -228,20 +231,16 @@ def decide(
 
     current = min(memory.num_draft_tokens, longest)
     chosen, reason = best, Reason.BEST
-    if best > current and rates[best] < (1.0 + settings.margin) * rates[current]:
+    # between two draft lengths a wrong choice costs little and a switch nothing: a quarter of the margin is enough
+    margin = settings.margin if current == 0 else 0.25 * settings.margin
+    if best > current and rates[best] < (1.0 + margin) * rates[current]:
         chosen, reason = current, Reason.MARGIN_HOLD
     if chosen == 0 and prefill > 0:
         alone = _cycle_times(state, predicted, 0, longest)
         if max(gained / seconds for gained, seconds in zip(tokens[1:], alone[1:], strict=True)) > tokens[0] / alone[0]:
             reason = Reason.LOAD
 
-    interval = settings.probe_interval // 16 + 1 if uncertain else settings.probe_interval
-    probe = -1
-    if prefill == 0:
-        if chosen == 0 and memory.steps_since_draft >= interval:
-            probe = max(range(1, longest + 1), key=rates.__getitem__)
-        elif chosen > 0 and memory.steps_since_plain >= interval:
-            probe = 0
+    probe = _probe_candidate(rates, chosen, settings, memory, doubts) if prefill == 0 else -1
     if probe >= 0:
         # What the probe is predicted to lose against the choice. A profile may be wrong about just that, so no more
         # than two plain steps are asked for in advance; what it really lost is charged when its duration is known.
@@ -249,6 +248,27 @@ def decide(
         if memory.probe_credit >= min(loss, 2.0 * cycle[0]):
             return Decision(probe, Reason.PROBE, state, cycle, tokens, probe_cost=loss)
     return Decision(chosen, reason, state, cycle, tokens)
+
+
+def _probe_candidate(
+    rates: Sequence[float],
+    chosen: int,
+    settings: ControlSettings,
+    memory: Memory,
+    doubts: Sequence[float] | None,
+) -> int:
+    """The draft length worth an experiment now, or -1."""
+    others = [gamma for gamma in range(len(rates)) if gamma != chosen]
+    if doubts is not None and memory.steps_since_probe * 16 >= settings.probe_interval:
+        hoped = [rates[gamma] * (1.0 + doubts[gamma]) for gamma in range(len(rates))]
+        candidate = max(others, key=hoped.__getitem__)
+        if hoped[candidate] > (1.0 + settings.margin) * rates[chosen]:
+            return candidate
+    if chosen == 0 and memory.steps_since_draft >= settings.probe_interval:
+        return max(others, key=rates.__getitem__)
+    if chosen > 0 and memory.steps_since_plain >= settings.probe_interval:
+        return 0
+    return -1
 
 
 class Controller:
@@ -286,8 +306,10 @@ class Controller:
         expected = self.acceptance.expected_tokens_table()
         if state.num_decode <= settings.per_request_batch and state.request_ids:
             expected = self.acceptance.expected_tokens_of(state.request_ids)
-        uncertain = settings.learn and state.num_decode > 0 and self.times.doubt(state.num_decode) > 0.15
-        decision = decide(state, self.times, expected, settings, memory, uncertain)
+        doubts = None
+        if settings.learn and state.num_decode > 0 and memory.steps_since_probe * 16 >= settings.probe_interval:
+            doubts = self.times.doubts(state.num_decode, state.mean_context, memory.num_draft_tokens)
+        decision = decide(state, self.times, expected, settings, memory, doubts)
         self._remember(decision)
         return decision
 
@@ -313,11 +335,14 @@ class Controller:
         if decision.times:
             # credit is a fraction of the time spent; at most a few steps' worth is saved up
             plain = decision.times[0]
+            if not self.probes and credit == 0.0:
+                credit = 2.0 * plain
             credit = min(credit + self.settings.probe_budget * plain, 4.0 * plain)
         self.memory = Memory(
             num_draft_tokens=resume,
             steps_since_draft=0 if chosen > 0 else memory.steps_since_draft + 1,
             steps_since_plain=0 if chosen == 0 else memory.steps_since_plain + 1,
+            steps_since_probe=0 if probing else memory.steps_since_probe + 1,
             probe_credit=credit,
             probe_draft_tokens=chosen if probing else 0,
             probe_steps_left=steps_left,

@@ -171,11 +171,11 @@ class StaticTablePolicy(PlainPolicy):
 class ReferencePolicy:
     """The latch and ladder of EfficientRollout (arXiv 2606.18967), from its description.
 
-    Off at the start of each rollout. Once more than `ramp` requests have run, it fires when the predicted speedup at the
-    ladder's γ reaches 1 + margin, with an acceptance length frozen from the rollout before (γ itself at first and after
-    a change), and stays on until the next rollout. Between rollouts γ moves one rung up after two rollouts in a row with
-    acceptance ≥ `up`, one down after two with ≤ `down`. It is given the same cost model as everybody else, not the
-    published six-parameter fit.
+    Off at the start of each rollout. Once more than `ramp` requests have run, it fires when the predicted speedup at
+    the ladder's γ reaches 1 + margin, with an acceptance length frozen from the rollout before (γ itself at first and
+    after a change), and stays on until the next rollout. Between rollouts γ moves one rung up after two rollouts in a
+    row with acceptance ≥ `up`, one down after two with ≤ `down`. It is given the same cost model as everybody else, not
+    the published six-parameter fit.
     """
 
     name = "latch + ladder"
@@ -529,9 +529,9 @@ def predict_recorded(recording: Mapping[str, Any], cost: CostModel, *, seed: int
     """Predict the makespan of a recorded rollout.
 
     Args:
-        recording: `output_lengths` (tokens per request); optional `prompt_lengths` (default 64), `max_num_seqs` (default
-            all at once), `mode` ("plain", "fixed" or "adaptive", default "plain"), `num_speculative_tokens` (default 7),
-            `acceptance` per drafted token (default 0.97), `makespan` (measured seconds) and `step_seconds`.
+        recording: `output_lengths` (tokens per request); optional `prompt_lengths` (default 64), `max_num_seqs`
+            (default all at once), `mode` ("plain", "fixed" or "adaptive", default "plain"), `num_speculative_tokens`
+            (default 7), `acceptance` per drafted token (default 0.97), `makespan` (measured seconds), `step_seconds`.
         cost: the profile of the machine it ran on.
         seed: of the acceptance draws.
 
@@ -589,7 +589,7 @@ def scale_cost_model(
     extra_seconds: float = 0.0,
     name: str = "scaled",
 ) -> CostModel:
-    """A cost model for a larger model on the same kind of machine, by the roofline: an extrapolation, not a measurement.
+    """A cost model of a larger model on the same kind of machine, by the roofline: extrapolated, not measured.
 
     Args:
         cost: what was measured.

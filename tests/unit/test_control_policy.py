@@ -1,0 +1,399 @@
+"""Acceptance, decisions, online correction and the controller's behaviour on simulated machines."""
+
+import math
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_selfspec.control.acceptance import AcceptanceEstimator
+from vllm_selfspec.control.correction import OnlineCorrection
+from vllm_selfspec.control.cost_model import CostModel, Point, StepTimes
+from vllm_selfspec.control.policy import (
+    Controller,
+    ControlSettings,
+    Decision,
+    Memory,
+    Reason,
+    StepObservation,
+    StepState,
+    decide,
+)
+
+# ---------------------------------------------------------------- acceptance
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=200))
+@settings(deadline=None)
+def test_tau_grows_with_gamma_and_stays_in_range(steps: list[tuple[int, int]]) -> None:
+    estimator = AcceptanceEstimator(8)
+    for drafted, accepted in steps:
+        estimator.observe(drafted, min(drafted, accepted))
+    table = estimator.expected_tokens_table()
+    assert table[0] == 1.0
+    for gamma in range(8):
+        assert 0.0 <= table[gamma + 1] - table[gamma] <= 1.0
+    assert all(0.0 <= rate <= 1.0 for rate in estimator.rates())
+
+
+def test_estimates_approach_the_truth_per_position() -> None:
+    rng = random.Random(0)
+    truth = [0.95, 0.8, 0.5]
+    estimator = AcceptanceEstimator(3, window=5000)
+    for _ in range(20_000):
+        accepted = 0
+        while accepted < 3 and rng.random() < truth[accepted]:
+            accepted += 1
+        estimator.observe(3, accepted)
+    assert estimator.rates() == pytest.approx(truth, abs=0.03)
+    assert estimator.expected_tokens(3) == pytest.approx(1 + 0.95 + 0.95 * 0.8 + 0.95 * 0.8 * 0.5, abs=0.05)
+
+
+def test_one_unlucky_step_does_not_end_drafting_and_stretches_without_drafts_change_nothing() -> None:
+    estimator = AcceptanceEstimator(4, prior_mean=0.9)
+    before = estimator.expected_tokens(4)
+    estimator.observe(4, 0)
+    assert 0.6 * before < estimator.expected_tokens(4) < before
+    kept = list(estimator.expected_tokens_table())
+    for _ in range(1000):
+        estimator.observe(0, 0)
+    assert estimator.expected_tokens_table() == kept
+
+
+def test_old_evidence_fades() -> None:
+    estimator = AcceptanceEstimator(2, window=100)
+    for _ in range(1000):
+        estimator.observe(2, 2)
+    for _ in range(300):
+        estimator.observe(2, 0)
+    assert estimator.rates()[0] < 0.1
+
+
+def test_requests_have_own_estimates_and_are_forgotten() -> None:
+    estimator = AcceptanceEstimator(4, per_request=True, max_requests=10)
+    for _ in range(100):
+        estimator.observe(4, 4, "easy")
+        estimator.observe(4, 0, "hard")
+    assert estimator.expected_tokens_of(["easy"])[4] > 4.0
+    assert estimator.expected_tokens_of(["hard"])[4] < 2.0
+    assert estimator.expected_tokens_of(["easy", "hard"])[4] < estimator.expected_tokens_of(["easy"])[4]
+    assert estimator.expected_tokens_of(["new"]) == estimator.expected_tokens_table()
+    estimator.finish("easy")
+    estimator.finish("never seen")
+    assert estimator.num_requests == 1
+    for number in range(50):
+        estimator.observe(1, 1, f"r{number}")
+    assert estimator.num_requests == 10
+
+
+def test_wrong_counts_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_accepted is 3 of num_drafted 2"):
+        AcceptanceEstimator(4).observe(2, 3)
+    with pytest.raises(ValueError, match="prior_mean"):
+        AcceptanceEstimator(4, prior_mean=1.0)
+
+
+# ---------------------------------------------------------------- decisions
+
+
+class FixedTimes:
+    """Times that do not depend on the operating point."""
+
+    def __init__(self, verify: list[float], draft: float, per_row: float = 1e-5) -> None:
+        self.times = StepTimes(tuple(verify), draft, per_row)
+
+    def step_times(self, batch: float, seq: float, max_draft_tokens: int) -> StepTimes:
+        return self.times
+
+
+CHEAP = FixedTimes([0.010] * 5, 0.002)
+DEAR = FixedTimes([0.010] * 5, 0.020)
+FOUR = ControlSettings(max_draft_tokens=4)
+TAU = [1.0, 1.9, 2.7, 3.4, 4.0]
+
+
+def test_the_best_rate_wins_and_is_explained() -> None:
+    decision = decide(StepState(num_decode=2), CHEAP, TAU, FOUR)
+    assert (decision.num_draft_tokens, decision.reason) == (4, Reason.BEST)
+    assert decision.times == pytest.approx([0.010, 0.012, 0.014, 0.016, 0.018])
+    assert decision.tokens == pytest.approx([2 * tau for tau in TAU])
+    assert decision.predicted_speedup == pytest.approx(4.0 * 0.010 / 0.018)
+    assert decide(StepState(num_decode=2), DEAR, TAU, FOUR).num_draft_tokens == 0
+
+
+def test_modes() -> None:
+    state = StepState(num_decode=3)
+    off = decide(state, CHEAP, TAU, ControlSettings(max_draft_tokens=4, mode="off"))
+    assert (off.num_draft_tokens, off.reason) == (0, Reason.OFF_MODE)
+    fixed = decide(state, DEAR, TAU, ControlSettings(max_draft_tokens=4, mode="fixed"))
+    assert (fixed.num_draft_tokens, fixed.reason) == (4, Reason.FIXED)
+    idle = decide(StepState(num_decode=0), CHEAP, TAU, FOUR)
+    assert (idle.num_draft_tokens, idle.reason) == (0, Reason.NO_DECODE)
+
+
+def test_switching_on_needs_the_margin_and_switching_off_does_not() -> None:
+    slight = FixedTimes([0.010, 0.0117], 0.0071)  # 1.9 / 0.0188: 1.1 % better than plain
+    settings_ = ControlSettings(max_draft_tokens=1, margin=0.02)
+    state = StepState(num_decode=1)
+    held = decide(state, slight, [1.0, 1.9], settings_, Memory(num_draft_tokens=0))
+    assert (held.num_draft_tokens, held.reason) == (0, Reason.MARGIN_HOLD)
+    assert decide(state, slight, [1.0, 1.9], settings_, Memory(num_draft_tokens=1)).num_draft_tokens == 1
+    worse = FixedTimes([0.010, 0.0117], 0.0074)
+    assert decide(state, worse, [1.0, 1.9], settings_, Memory(num_draft_tokens=1)).num_draft_tokens == 0
+
+
+def test_prefill_takes_the_free_compute_away() -> None:
+    """Alone, verification hides in the weight read; beside a large prefill every verified row costs compute."""
+    times = FixedTimes([0.010, 0.0101, 0.0102, 0.0103, 0.0104], 0.004, per_row=2e-5)
+    alone = decide(StepState(num_decode=32), times, TAU, FOUR)
+    assert alone.num_draft_tokens > 0
+    loaded = decide(StepState(num_decode=32, pending_prefill_tokens=4096), times, TAU, FOUR)
+    assert (loaded.num_draft_tokens, loaded.reason) == (0, Reason.LOAD)
+
+
+def test_nothing_is_drafted_that_nobody_can_use() -> None:
+    capped = decide(StepState(num_decode=2, draft_caps=(0, 0)), CHEAP, TAU, FOUR)
+    assert (capped.num_draft_tokens, capped.reason) == (0, Reason.CAPPED)
+    assert decide(StepState(num_decode=2, draft_caps=(1, 2)), CHEAP, TAU, FOUR).num_draft_tokens <= 2
+    mostly_off = StepState(num_decode=10, draft_caps=(0,) * 9)
+    assert decide(mostly_off, CHEAP, TAU, FOUR).num_draft_tokens == 0
+
+
+@given(
+    num_decode=st.integers(0, 300),
+    caps=st.lists(st.integers(0, 6), max_size=300),
+    verify=st.lists(st.floats(1e-4, 1.0), min_size=5, max_size=5),
+    draft=st.floats(1e-5, 1.0),
+    prefill=st.integers(0, 10_000),
+    memory=st.builds(
+        Memory,
+        num_draft_tokens=st.integers(0, 4),
+        steps_since_draft=st.integers(0, 1000),
+        steps_since_plain=st.integers(0, 1000),
+        steps_since_probe=st.integers(0, 1000),
+        probe_credit=st.floats(-1.0, 1.0),
+        probe_draft_tokens=st.integers(0, 4),
+        probe_steps_left=st.integers(0, 2),
+    ),
+    mode=st.sampled_from(["adaptive", "fixed", "off"]),
+    doubts=st.none() | st.lists(st.floats(0.0, 2.0), min_size=5, max_size=5),
+)
+@settings(deadline=None, max_examples=300)
+def test_a_decision_never_leaves_its_bounds(
+    num_decode: int,
+    caps: list[int],
+    verify: list[float],
+    draft: float,
+    prefill: int,
+    memory: Memory,
+    mode: str,
+    doubts: list[float] | None,
+) -> None:
+    caps = caps[:num_decode]
+    state = StepState(num_decode=num_decode, pending_prefill_tokens=prefill, draft_caps=tuple(caps))
+    chosen = decide(
+        state, FixedTimes(verify, draft), TAU, ControlSettings(max_draft_tokens=4, mode=mode), memory, doubts
+    ).num_draft_tokens
+    assert 0 <= chosen <= 4
+    if mode == "off" or num_decode == 0:
+        assert chosen == 0
+    if caps and len(caps) == num_decode:
+        assert chosen <= max(caps)
+
+
+def test_a_probe_waits_for_its_interval_and_its_credit() -> None:
+    state = StepState(num_decode=1)
+    due = Memory(steps_since_draft=FOUR.probe_interval, probe_credit=1.0)
+    assert decide(state, DEAR, TAU, FOUR, due).reason is Reason.PROBE
+    assert decide(state, DEAR, TAU, FOUR, due).num_draft_tokens > 0
+    early = Memory(steps_since_draft=FOUR.probe_interval - 1, probe_credit=1.0)
+    assert decide(state, DEAR, TAU, FOUR, early).num_draft_tokens == 0
+    broke = Memory(steps_since_draft=FOUR.probe_interval, probe_credit=0.001)
+    assert decide(state, DEAR, TAU, FOUR, broke).num_draft_tokens == 0
+    plain_due = Memory(num_draft_tokens=4, steps_since_plain=FOUR.probe_interval, probe_credit=1.0)
+    probe = decide(state, CHEAP, TAU, FOUR, plain_due)
+    assert (probe.num_draft_tokens, probe.reason) == (0, Reason.PROBE)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"max_draft_tokens": 0}, {"mode": "on"}, {"margin": -0.1}, {"probe_budget": 0.5}, {"probe_interval": 0}]
+)
+def test_impossible_settings_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        ControlSettings(**bad)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- online correction
+
+
+def _model(target: float, per_row: float, draft: float) -> CostModel:
+    points = []
+    for batch in (1, 4, 16, 64):
+        points.append(Point("draft", batch, 512, 0, draft + 0.3 * per_row * batch))
+        for gamma in (0, 1, 3, 7):
+            seconds = target + per_row * batch * (gamma + 1)
+            points.append(Point("verify" if gamma else "target", batch, 512, gamma, seconds))
+    return CostModel.fit(points)
+
+
+def test_a_wrong_scale_is_corrected_everywhere_after_a_few_steps() -> None:
+    model = _model(0.010, 1e-4, 0.004)
+    correction = OnlineCorrection(model, 7)
+    for _ in range(12):
+        correction.observe(3.0 * model.target_time(4, 512), 4, 512, 0, 0)
+    assert correction.step_times(4, 512, 7).verify[0] == pytest.approx(3.0 * model.target_time(4, 512), rel=0.05)
+    assert correction.step_times(32, 512, 7).draft == pytest.approx(3.0 * model.draft_time(32, 512), rel=0.6)
+    assert correction.step_times(32, 512, 7).draft > 1.5 * model.draft_time(32, 512)
+
+
+def test_draft_and_verification_are_told_apart() -> None:
+    """Only the sum is seen, but steps that draft and steps that do not draft have different sums."""
+    model = _model(0.010, 1e-4, 0.004)
+    correction = OnlineCorrection(model, 7)
+    verify, draft = model.step_times(4, 512, 7).verify, 0.012
+    for step in range(300):
+        verified, drafted = ((0, 3), (3, 0), (0, 0))[step % 3]
+        correction.observe(verify[verified] + drafted * draft, 4, 512, verified, drafted)
+    times = correction.step_times(4, 512, 7)
+    assert times.draft == pytest.approx(draft, rel=0.1)
+    assert times.verify[0] == pytest.approx(verify[0], rel=0.1)
+
+
+def test_an_outlier_is_ignored_and_a_change_is_followed() -> None:
+    model = _model(0.010, 1e-4, 0.004)
+    correction = OnlineCorrection(model, 7)
+    usual = model.target_time(4, 512)
+    for _ in range(50):
+        correction.observe(usual, 4, 512, 0, 0)
+    before = correction.step_times(4, 512, 7).verify[0]
+    assert not correction.observe(40.0 * usual, 4, 512, 0, 0)
+    assert correction.step_times(4, 512, 7).verify[0] == before
+    assert correction.ignored == 1
+    for _ in range(60):
+        correction.observe(2.0 * usual, 4, 512, 0, 0)
+    assert correction.step_times(4, 512, 7).verify[0] == pytest.approx(2.0 * usual, rel=0.1)
+
+
+def test_a_duration_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="positive"):
+        OnlineCorrection(CostModel.prior(), 4).observe(0.0, 1, 100, 0, 0)
+
+
+# ---------------------------------------------------------------- the whole controller
+
+
+class Machine:
+    """A toy engine that runs a Controller at a constant batch and reports what happens."""
+
+    def __init__(self, truth: CostModel, acceptance: float, batch: int, seed: int = 0) -> None:
+        self.truth, self.acceptance, self.batch = truth, acceptance, batch
+        self.rng = random.Random(seed)
+        self.verified = 0
+        self.seconds = 0.0
+        self.tokens = 0
+
+    def run(self, controller: Controller, steps: int) -> list[Decision]:
+        decisions = []
+        for _ in range(steps):
+            decision = controller.decide(StepState(self.batch, 512))
+            decisions.append(decision)
+            drafted = decision.num_draft_tokens
+            times = self.truth.step_times(self.batch, 512, 7)
+            seconds = times.verify[self.verified] + drafted * times.draft
+            seconds *= math.exp(self.rng.gauss(0.0, 0.03))
+            for _ in range(self.batch):
+                accepted = 0
+                while accepted < self.verified and self.rng.random() < self.acceptance:
+                    accepted += 1
+                self.tokens += accepted + 1
+                if self.verified:
+                    controller.observe_acceptance(self.verified, accepted)
+            controller.observe_step(StepObservation(seconds, self.batch, 512, self.verified, drafted))
+            self.seconds += seconds
+            self.verified = drafted
+        return decisions
+
+
+GOOD = _model(0.010, 2e-5, 0.003)  # drafting pays
+BAD = _model(0.010, 2e-3, 0.009)  # it does not at a batch of 8
+
+
+def _share_drafting(decisions: list[Decision]) -> float:
+    return sum(d.num_draft_tokens > 0 for d in decisions) / len(decisions)
+
+
+@pytest.mark.parametrize("profile", [GOOD, None], ids=["true profile", "no profile"])
+def test_it_drafts_where_drafting_pays(profile: CostModel | None) -> None:
+    controller = Controller(ControlSettings(), profile)
+    machine = Machine(GOOD, 0.95, 2)
+    machine.run(controller, 300)
+    assert _share_drafting(machine.run(controller, 200)) > 0.9
+
+
+@pytest.mark.parametrize("profile", [BAD, None], ids=["true profile", "no profile"])
+def test_it_stays_off_where_drafting_costs(profile: CostModel | None) -> None:
+    controller = Controller(ControlSettings(), profile)
+    machine = Machine(BAD, 0.95, 8)
+    machine.run(controller, 300)
+    assert _share_drafting(machine.run(controller, 400)) < 0.05
+
+
+def test_a_profile_that_says_never_is_found_out() -> None:
+    controller = Controller(ControlSettings(), BAD)
+    machine = Machine(GOOD, 0.95, 8)
+    assert machine.run(controller, 1)[0].num_draft_tokens == 0
+    machine.run(controller, 500)
+    assert _share_drafting(machine.run(controller, 200)) > 0.9
+
+
+def test_a_profile_that_says_always_is_found_out() -> None:
+    controller = Controller(ControlSettings(), GOOD)
+    machine = Machine(BAD, 0.95, 8)
+    assert machine.run(controller, 1)[0].num_draft_tokens > 0
+    machine.run(controller, 300)
+    assert _share_drafting(machine.run(controller, 400)) < 0.1
+
+
+def test_collapsed_acceptance_stops_drafting_and_recovery_restarts_it() -> None:
+    controller = Controller(ControlSettings(acceptance_window=200), GOOD)
+    machine = Machine(GOOD, 0.95, 4)
+    machine.run(controller, 200)
+    machine.acceptance = 0.05
+    machine.run(controller, 400)
+    assert _share_drafting(machine.run(controller, 200)) < 0.1
+    machine.acceptance = 0.98
+    machine.run(controller, 6000)
+    assert _share_drafting(machine.run(controller, 200)) > 0.9
+
+
+def test_probes_stay_within_their_budget() -> None:
+    """On a machine where drafting never pays the controller is at most a little slower than plain decoding."""
+    controller = Controller(ControlSettings(probe_budget=0.01), BAD)
+    machine = Machine(BAD, 0.9, 8)
+    machine.run(controller, 5000)
+    plain = 5000 * BAD.target_time(8, 512)
+    per_token = machine.seconds / machine.tokens
+    assert controller.probes > 0
+    assert per_token < 1.03 * plain / (5000 * 8)
+
+
+def test_batch_changes_turn_drafting_off_and_on_again() -> None:
+    """Concurrency 1 → 64 → 1."""
+    truth = _model(0.010, 5e-4, 0.004)
+    controller = Controller(ControlSettings(), truth)
+    machine = Machine(truth, 0.95, 1)
+    assert _share_drafting(machine.run(controller, 100)) > 0.9
+    machine.batch = 64
+    assert _share_drafting(machine.run(controller, 100)) < 0.15
+    machine.batch = 1
+    assert _share_drafting(machine.run(controller, 100)) > 0.85
+
+
+def test_everything_is_counted() -> None:
+    controller = Controller(ControlSettings(max_draft_tokens=7), GOOD)
+    decisions = Machine(GOOD, 0.9, 2).run(controller, 50)
+    assert controller.decisions == Counter(d.reason for d in decisions)
+    assert controller.draft_lengths == Counter(d.num_draft_tokens for d in decisions)
+    assert controller.steps == 50

@@ -1,0 +1,173 @@
+"""The simulator: bookkeeping that must hold exactly, the reference's rules, and the ranking of policies."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from vllm_selfspec.commands.calibrate import calibrate
+from vllm_selfspec.commands.simulate import simulate
+from vllm_selfspec.control.cost_model import CostModel
+from vllm_selfspec.control.policy import StepObservation, StepState
+from vllm_selfspec.control.simulate import (
+    Clock,
+    FixedPolicy,
+    PlainPolicy,
+    Policy,
+    ReferencePolicy,
+    compare,
+    predict_recorded,
+    rollout_workload,
+    sample_lengths,
+    scale_cost_model,
+    simulate_rollout,
+    standard_policies,
+)
+
+PROFILE = Path(__file__).parents[2] / "configs" / "profiles" / "a100_qwen2.5-7b.json"
+
+
+@pytest.fixture(scope="module")
+def a100() -> CostModel:
+    return CostModel.from_profile(PROFILE)
+
+
+@pytest.mark.parametrize("policy", [PlainPolicy(), FixedPolicy(3)], ids=["plain", "fixed"])
+def test_every_token_is_generated_once(a100: CostModel, policy: Policy) -> None:
+    rng = np.random.default_rng(0)
+    lengths = sample_lengths(50, rng, median=60, sigma=1.0, longest=300)
+    work = rollout_workload(lengths, rng, acceptance=0.8, max_num_seqs=16, arrival_rate=200.0)
+    outcome = simulate_rollout(work, policy, Clock(a100, 7, 0.0, rng), rng)
+    assert outcome.tokens == lengths.sum()
+    assert sum(outcome.draft_lengths.values()) == outcome.steps
+    assert max(batch for _, batch, _ in outcome.timeline) <= 16
+    assert outcome.makespan >= work.arrivals[-1]
+
+
+def test_plain_decoding_takes_one_step_per_token_of_its_true_time(a100: CostModel) -> None:
+    rng = np.random.default_rng(0)
+    work = rollout_workload([100], rng, acceptance=0.5, prompt_tokens=1024)
+    clock = Clock(a100, 3, 0.0, rng)
+    outcome = simulate_rollout(work, PlainPolicy(), clock, rng)
+    assert outcome.steps == 100  # the prefill step samples the first token
+    assert outcome.makespan == pytest.approx(99 * a100.target_time(1, 1060), rel=0.05 + 2 / 100)
+
+
+def test_accepted_drafts_follow_the_acceptance(a100: CostModel) -> None:
+    rng = np.random.default_rng(0)
+    work = rollout_workload([4000] * 4, rng, acceptance=0.7)
+    outcome = simulate_rollout(work, FixedPolicy(2), Clock(a100, 3, 0.0, rng), rng)
+    assert outcome.accepted / outcome.drafted == pytest.approx((0.7 + 0.49) / 2, abs=0.02)
+
+
+def test_the_reference_latches_late_and_never_lets_go(a100: CostModel) -> None:
+    reference = ReferencePolicy(a100)
+    reference.start_rollout()
+    assert reference.draft_length(StepState(num_decode=1, mean_context=1000)) == 0  # never saw more than 32
+    assert reference.draft_length(StepState(num_decode=128, mean_context=1000)) == 0
+    assert reference.draft_length(StepState(num_decode=64, mean_context=1000)) == 0
+    assert reference.draft_length(StepState(num_decode=4, mean_context=1000)) == 5
+    assert reference.draft_length(StepState(num_decode=128, mean_context=1000)) == 5  # under load too
+    reference.start_rollout()
+    assert reference.draft_length(StepState(num_decode=4, mean_context=1000)) == 0
+
+
+def test_the_reference_climbs_after_two_good_rollouts_and_steps_down_after_two_bad_ones(a100: CostModel) -> None:
+    reference = ReferencePolicy(a100)
+    seen = StepObservation(0.01, 4, 1000, 5, 5)
+
+    def rollout(share: float) -> int:
+        reference.start_rollout()
+        reference.draft_length(StepState(num_decode=64))
+        gamma = reference.draft_length(StepState(num_decode=1, mean_context=500))
+        drafted = np.full(100, gamma)
+        reference.observe(seen, drafted, np.round(share * drafted).astype(np.int64))
+        return gamma
+
+    assert [rollout(1.0) for _ in range(5)] == [5, 5, 7, 7, 9]
+    assert [rollout(0.8) for _ in range(4)] == [9, 9, 7, 7]
+
+
+def test_ours_beats_the_reference_and_stays_near_the_oracle(a100: CostModel) -> None:
+    """Simulated, at the paper's setting: 128 requests, long tail to 8k, acceptance 0.98."""
+
+    def work(rng: np.random.Generator) -> object:
+        return rollout_workload(sample_lengths(128, rng, median=1000, sigma=1.0, longest=8192), rng, acceptance=0.98)
+
+    results = compare(a100, work, standard_policies(a100), max_draft_tokens=11, rollouts=2)  # type: ignore[arg-type]
+    seconds = {result.name: result.rollout_seconds for result in results}
+    assert seconds["selfspec"] < seconds["latch + ladder"]
+    assert seconds["selfspec"] < 0.82 * seconds["plain"]
+    assert seconds["selfspec"] < 1.03 * seconds["oracle"]
+    assert seconds["selfspec"] < min(value for name, value in seconds.items() if name.startswith("fixed"))
+
+
+def test_a_recorded_rollout_is_predicted(a100: CostModel) -> None:
+    recording = {"output_lengths": [200, 100], "mode": "plain", "makespan": 4.0}
+    found = predict_recorded(recording, a100)
+    assert found["simulated"] is True
+    assert found["predicted_steps"] == 200
+    assert found["error"] == pytest.approx(found["predicted_makespan"] / 4.0 - 1.0)
+    fixed = predict_recorded({**recording, "mode": "fixed", "num_speculative_tokens": 3, "acceptance": 0.95}, a100)
+    assert fixed["predicted_makespan"] < found["predicted_makespan"]
+    with pytest.raises(ValueError, match="output_lengths"):
+        predict_recorded({}, a100)
+    with pytest.raises(ValueError, match="mode"):
+        predict_recorded({**recording, "mode": "magic"}, a100)
+
+
+def test_scaling_follows_the_roofline(a100: CostModel) -> None:
+    double = scale_cost_model(a100, weights=2.0, compute=2.0, context=2.0)
+    assert double.target_time(1, 512) == pytest.approx(2 * a100.target_time(1, 512), rel=0.1)
+    assert double.verify_time(64, 512, 15) == pytest.approx(2 * a100.verify_time(64, 512, 15), rel=0.1)
+    slower = scale_cost_model(a100, weights=1.0, compute=1.0, context=1.0, extra_seconds=0.003)
+    assert slower.draft_time(1, 512) == pytest.approx(a100.draft_time(1, 512) + 0.003, rel=0.05)
+    assert "SCALED" in slower.meta["source"]
+
+
+def _app() -> typer.Typer:
+    app = typer.Typer()
+    app.command()(calibrate)
+    app.command()(simulate)
+    return app
+
+
+def test_the_commands_write_what_they_say(tmp_path: Path) -> None:
+    rows = ["model,batch,seq,gamma,mode,mean_ms,median_ms,std_ms"]
+    for batch in (1, 4, 16):
+        for seq in (256, 1024):
+            rows.append(f"toy,{batch},{seq},0,target_decode,10,{10 + 0.1 * batch},0.1")
+            for gamma in (1, 3):
+                verify = 10 + 0.1 * batch * (gamma + 1)
+                rows.append(f"toy,{batch},{seq},{gamma},target_verify,10,{verify},0.1")
+                rows.append(f"toy,{batch},{seq},{gamma},drafter_decode,4,{4 + 0.05 * batch},0.1")
+    (tmp_path / "sweep.csv").write_text("\n".join(rows) + "\n")
+    profile = tmp_path / "profile.json"
+    arguments = ["calibrate", "--from-sweep", str(tmp_path / "sweep.csv"), "--out", str(profile), "--cross-validate"]
+    result = CliRunner().invoke(_app(), [*arguments, "--hardware", "box", "--json"])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures["cross_validation"]["leave one γ out"]["cycle_mape"] < 0.1
+    assert CostModel.from_profile(profile).meta["hardware"] == "box"
+
+    out = tmp_path / "out"
+    arguments = ["simulate", "--profile", str(profile), "--requests", "8", "--lengths", "longtail:30,1,100"]
+    result = CliRunner().invoke(_app(), [*arguments, "--rollouts", "1", "--out", str(out), "--json"])
+    assert result.exit_code == 0, result.output
+    document: Mapping[str, object] = json.loads(result.stdout.splitlines()[-1])
+    assert document["simulated"] is True
+    saved = json.loads((out / "results.json").read_text())
+    assert {"plain", "latch + ladder", "static table", "selfspec", "oracle"} <= {p["name"] for p in saved["policies"]}
+    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_options_are_refused(tmp_path: Path) -> None:
+    assert CliRunner().invoke(_app(), ["calibrate"]).exit_code != 0
+    wrong = ["simulate", "--profile", str(PROFILE), "--lengths", "longtail:oops"]
+    result = CliRunner().invoke(_app(), wrong)
+    assert result.exit_code != 0
+    assert "--lengths" in str(result.exception)
