@@ -45,7 +45,8 @@ class EngineProcess:
         read_fd, write_fd = os.pipe()
         with log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "vllm_selfspec.engine_process", str(write_fd)],
+                # -P: a file in the current folder that has the name of some library must not be imported for it.
+                [sys.executable, "-P", "-m", "vllm_selfspec.engine_process", str(write_fd)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -288,8 +289,13 @@ def _counters(llm: Any) -> Any:
 
 
 def _draft_lengths(metrics: list[Any]) -> dict[int, int]:
-    """Return how many request steps were scheduled with each draft length."""
-    return {}
+    """Return how many engine steps were scheduled with each draft length, 0 included."""
+    from vllm_selfspec.metrics import draft_length_counts
+
+    lengths: dict[int, int] = {}
+    for (length, _), steps in draft_length_counts(metrics).items():
+        lengths[length] = lengths.get(length, 0) + steps
+    return lengths
 
 
 def _one_sentence(error: Exception) -> str:

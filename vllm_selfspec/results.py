@@ -28,7 +28,7 @@ class SpecCounts(_Model):
     accepted_per_position: list[int] = Field(default_factory=list)
     """How many drafts had their token at position i (from 0) accepted."""
     draft_lengths: dict[int, int] = Field(default_factory=dict)
-    """How many request steps were scheduled with each draft length, 0 included; empty when that was not counted."""
+    """How many engine steps were scheduled with each draft length, 0 included; empty when that was not counted."""
 
     def minus(self, earlier: "SpecCounts") -> "SpecCounts":
         """Return what was counted since `earlier`, a reading of the same counters."""

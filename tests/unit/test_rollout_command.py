@@ -181,6 +181,13 @@ def test_a_plain_engine_stays_plain(behave, tmp_path: Path, monkeypatch: pytest.
     assert b"VLLM_SELFSPEC" not in environment
 
 
+def test_files_in_the_current_folder_are_not_imported(behave, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "queue.py").write_text("raise SystemExit('the wrong module')")
+    monkeypatch.chdir(tmp_path)
+    with EngineProcess("plain", {"model": behave("ok")}, tmp_path / "log") as engine:
+        assert engine.wait_ready() >= 0
+
+
 def test_root_cause_is_the_first_error(tmp_path: Path):
     log = tmp_path / "log"
     log.write_text(

@@ -215,7 +215,7 @@ def _in_child(code: str) -> tuple[str, str]:
         The last line that it printed, and what went wrong ("" when nothing did).
     """
     env: dict[str, Any] = dict(os.environ) | {"VLLM_LOGGING_LEVEL": "ERROR"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=env)
     printed, errors = done.stdout.strip().splitlines(), done.stderr.strip().splitlines()
     if done.returncode == 0:
         return (printed[-1] if printed else ""), ""

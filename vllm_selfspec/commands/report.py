@@ -188,7 +188,10 @@ def plot_runs(runs: "list[RolloutRun]", path: Path) -> None:
         used = sorted(spec.draft_lengths)
         lengths.bar(used, [spec.draft_lengths[length] / total for length in used], color=_COLORS["selfspec"])
         lengths.set(
-            title="draft lengths used", xlabel="tokens drafted per request and step", ylabel="share", ylim=(0, 1)
+            title="draft lengths used",
+            xlabel="tokens drafted per request in one step",
+            ylabel="share of steps",
+            ylim=(0, 1),
         )
         lengths.set_xticks(used)
     figure.savefig(path, dpi=120)

@@ -206,7 +206,8 @@ def run_rounds(
         engines: dict[Mode, EngineProcess] = {}
         for mode, engine_args in engines_args.items():
             log_path = folder / f"engine-{mode}.log"
-            starting = f"starting the {mode} engine (compiles for minutes on its first run; log: {log_path})"
+            compiling = "" if engine_args["enforce_eager"] else "the first start compiles for minutes; "
+            starting = f"starting the {mode} engine ({compiling}log: {log_path})"
             if not console.is_terminal:
                 console.print(starting, highlight=False, soft_wrap=True)
             with console.status(starting):
