@@ -6,16 +6,16 @@
 # PORT=8000 chooses the port; SERVE_ONLY=1 keeps serving instead of ending after the request.
 set -euo pipefail
 
-PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+[ ! -x .venv/bin/vllm ] || PATH="$PWD/.venv/bin:$PATH"
 PORT=${PORT:-8000}
-MODEL=$("$PYTHON" -c 'import sys; from vllm_selfspec.models import resolve_model; print(resolve_model(sys.argv[1]))' \
+MODEL=$(python -c 'import sys; from vllm_selfspec.models import resolve_model; print(resolve_model(sys.argv[1]))' \
     "${1:-smollm2-135m}")
 
 # On a CPU: the libraries and the threads that vLLM wants. Prints nothing on a GPU.
-eval "$("$PYTHON" -m vllm_selfspec.engine_env)"
+eval "$(python -m vllm_selfspec.engine_env)"
 
-"$PYTHON" -m vllm.entrypoints.openai.api_server --model "$MODEL" --served-model-name selfspec --port "$PORT" \
-    --host 127.0.0.1 --max-num-seqs 16 --speculative-config '{"method": "selfspec"}' &
+vllm serve "$MODEL" --served-model-name selfspec --host 127.0.0.1 --port "$PORT" --max-num-seqs 16 \
+    --speculative-config '{"method": "selfspec"}' &
 SERVER=$!
 trap 'kill "$SERVER" 2>/dev/null; wait "$SERVER" 2>/dev/null || true' EXIT
 

@@ -21,6 +21,16 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "rollout",
         "Generate prompts x samples, plain and self-speculative, and compare.",
     ),
+    "calibrate": (
+        "vllm_selfspec.commands.calibrate",
+        "calibrate",
+        "Turn measured step times into a profile of a machine.",
+    ),
+    "simulate": (
+        "vllm_selfspec.commands.simulate",
+        "simulate",
+        "Simulate rollouts on a profile, and compare draft length policies.",
+    ),
     "report": ("vllm_selfspec.commands.report", "report", "Print and compare saved rollouts."),
     "doctor": ("vllm_selfspec.commands.doctor", "doctor", "Check this installation, and say how to mend it."),
 }
