@@ -104,7 +104,7 @@ def test_a_refused_update_changes_nothing_and_the_next_one_works(
     swap: tuple[LLM, str, str, Any, Any], tmp_path: Path
 ) -> None:
     """A failed update used to leave buffered tensors behind that the next one mixed into its layers."""
-    llm, old, new, want_old, want_new = swap
+    llm, old, new, want_old, _want_new = swap
     state = load_file(Path(new) / "model.safetensors")
     bad = dict(state)
     bad["model.layers.2.mlp.up_proj.weight"] = bad["model.layers.2.mlp.up_proj.weight"].clone()
@@ -126,7 +126,7 @@ def test_a_refused_update_changes_nothing_and_the_next_one_works(
 
 
 def test_several_parts_make_one_update(swap: tuple[LLM, str, str, Any, Any], tmp_path: Path) -> None:
-    llm, old, new, want_old, want_new = swap
+    llm, old, new, _want_old, want_new = swap
     state = load_file(Path(new) / "model.safetensors")
     names = sorted(state)
     llm.start_weight_update()
@@ -161,7 +161,7 @@ class Client:
 def test_vllms_trainer_side_sends_a_module(swap: tuple[LLM, str, str, Any, Any], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    llm, old, new, want_old, want_new = swap
+    llm, old, new, _want_old, want_new = swap
     register_weight_transfer()
     trainer = WeightTransferTrainerFactory.trainer_init(
         FileTrainerInitInfo(str(tmp_path / "sent.safetensors"), rank=0),
@@ -194,7 +194,7 @@ def test_the_mend_is_applied_only_where_it_is_needed(monkeypatch: pytest.MonkeyP
 
 
 def test_a_checkpoint_can_be_a_folder_of_shards(swap: tuple[LLM, str, str, Any, Any], tmp_path: Path) -> None:
-    llm, old, new, want_old, want_new = swap
+    llm, old, new, _want_old, want_new = swap
     state = load_file(Path(new) / "model.safetensors")
     folder = tmp_path / "shards"
     folder.mkdir()

@@ -75,6 +75,7 @@ def test_lookahead_is_reclaimed_only_while_another_worker_has_free_places() -> N
     assert dispatcher.sent(0) == 4
     assert dispatcher.reclaims() == []
     dispatcher.add_worker(1, capacity=1)
+    dispatcher.assign()
     (reclaim,) = dispatcher.reclaims()
     assert reclaim == (0, 1)
     assert dispatcher.reclaims() == []  # not asked twice
@@ -89,10 +90,12 @@ def test_a_worker_with_nothing_to_give_back_is_not_asked_again_before_it_finishe
     dispatcher.add_group(0, 0, num_samples=3, prompt_tokens=0, sample_tokens=5)
     dispatcher.assign()
     dispatcher.add_worker(1, capacity=2)
+    dispatcher.assign()
     assert dispatcher.reclaims() == [(0, 2)]
     dispatcher.give_back(0, [], begun=False)
     assert dispatcher.reclaims() == []
     dispatcher.finish(0, (0, 0, 0))
+    assert dispatcher.assign() == {}
     assert dispatcher.reclaims() == [(0, 1)]
 
 

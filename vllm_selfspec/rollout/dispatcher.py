@@ -26,6 +26,22 @@ class Item(NamedTuple):
     attempt: int
 
 
+class _Group(NamedTuple):
+    """A prompt whose samples have not been listed yet: a long queue is mostly these."""
+
+    run: int
+    prompt_index: int
+    num_samples: int
+    prompt_tokens: int
+    sample_tokens: int
+
+    def items(self) -> deque[Item]:
+        run, prompt_index, num_samples, prompt_tokens, sample_tokens = self
+        items = deque(Item((run, prompt_index, i), sample_tokens, 1) for i in range(num_samples))
+        items[0] = Item((run, prompt_index, 0), sample_tokens + prompt_tokens, 1)
+        return items
+
+
 class Reclaim(NamedTuple):
     """Ask `worker_id` to give back up to `at_most` samples that it has not begun."""
 
@@ -33,7 +49,7 @@ class Reclaim(NamedTuple):
     at_most: int
 
 
-@dataclass
+@dataclass(slots=True)
 class _Worker:
     worker_id: int
     capacity: int
@@ -56,18 +72,18 @@ class _Heap:
     """Smallest-first heap of workers whose ranks change: an outdated entry is dropped when it surfaces."""
 
     def __init__(self) -> None:
-        self._entries: list[tuple[tuple[int, ...], int]] = []
-        self._rank: dict[int, tuple[int, ...]] = {}
+        self._entries: list[tuple[tuple[int, int], int]] = []
+        self._rank: dict[int, tuple[int, int]] = {}
 
     def __len__(self) -> int:
         return len(self._rank)
 
-    def set(self, worker_id: int, rank: tuple[int, ...] | None) -> None:
+    def set(self, worker_id: int, rank: tuple[int, int] | None) -> None:
         """Give a worker a new rank; None takes it out."""
-        if self._rank.get(worker_id) == rank:
-            return
         if rank is None:
-            del self._rank[worker_id]
+            self._rank.pop(worker_id, None)
+            return
+        if self._rank.get(worker_id) == rank:
             return
         self._rank[worker_id] = rank
         heapq.heappush(self._entries, (rank, worker_id))
@@ -89,13 +105,12 @@ class Dispatcher:
 
     def __init__(self) -> None:
         self._workers: dict[int, _Worker] = {}
-        self._queue: deque[deque[Item]] = deque()
-        self._queued = 0
+        self._queue: deque[_Group | deque[Item]] = deque()
         self._open = _Heap()  # workers with room and nothing of their own to fill it with
         self._waiting = _Heap()  # workers with samples held back here, most first
         self._over = _Heap()  # workers that were sent more than they can decode at once, most first
         self._free = 0
-        self._refill: set[int] = set()  # workers with samples held back whose window may have room again
+        self._changed: set[int] = set()  # workers whose ranks are out of date: `assign` looks at each of them once
         self._sent = 0
         self._unfinished: dict[int, int] = {}
         self.moved: dict[int, int] = {}
@@ -111,7 +126,7 @@ class Dispatcher:
         worker = _Worker(worker_id, capacity, capacity + lookahead)
         self._workers[worker_id] = worker
         self._free += capacity
-        self._rank(worker)
+        self._changed.add(worker_id)
 
     def remove_worker(self, worker_id: int) -> list[SampleKey]:
         """A worker is gone: its unfinished samples go to the head of the queue. Returns those it had been sent."""
@@ -119,7 +134,7 @@ class Dispatcher:
         self._free -= worker.free
         for heap in (self._open, self._waiting, self._over):
             heap.set(worker_id, None)
-        self._refill.discard(worker_id)
+        self._changed.discard(worker_id)
         self._sent -= len(worker.sent)
         lost = list(worker.sent.values())
         again = [item._replace(attempt=item.attempt + 1) for item in lost]
@@ -142,14 +157,9 @@ class Dispatcher:
     # -- work ------------------------------------------------------------------------------------------------------
     def add_group(self, run: int, prompt_index: int, num_samples: int, prompt_tokens: int, sample_tokens: int) -> None:
         """Queue one prompt: `prompt_tokens` is counted once, with its first sample; `sample_tokens` per sample."""
-        group = deque(
-            Item((run, prompt_index, i), sample_tokens + (prompt_tokens if i == 0 else 0), 1)
-            for i in range(num_samples)
-        )
-        if group:
-            self._queue.append(group)
-            self._queued += len(group)
-            self._unfinished[run] = self._unfinished.get(run, 0) + len(group)
+        if num_samples > 0:
+            self._queue.append(_Group(run, prompt_index, num_samples, prompt_tokens, sample_tokens))
+            self._unfinished[run] = self._unfinished.get(run, 0) + num_samples
 
     def finish(self, worker_id: int, key: SampleKey) -> bool:
         """`worker_id` delivered `key`. False: it is not that worker's (any more); drop what it delivered."""
@@ -188,14 +198,13 @@ class Dispatcher:
             items.append(item)
         if items:  # else it had begun all of them: asking again makes no sense before it has finished one
             worker.reclaiming = False
+        self._changed.add(worker_id)
         self._put_back(items)
-        self._rank(worker)
         return len(items)
 
     def cancel(self, run: int) -> dict[int, list[SampleKey]]:
         """Forget a run. Returns what its workers have been sent: abort these there."""
-        self._queue = deque(group for group in self._queue if group[0].key[0] != run)
-        self._queued = sum(map(len, self._queue))
+        self._queue = deque(group for group in self._queue if _run_of(group) != run)
         self._unfinished.pop(run, None)
         sent: dict[int, list[SampleKey]] = {}
         for worker in self._workers.values():
@@ -208,7 +217,8 @@ class Dispatcher:
                 self._released(worker, worker.sent.pop(key))
             if keys:
                 sent[worker.worker_id] = keys
-            self._rank(worker)
+            if keys or held:
+                self._changed.add(worker.worker_id)
         return sent
 
     def forget(self, run: int) -> None:
@@ -230,22 +240,24 @@ class Dispatcher:
     def assign(self) -> dict[int, list[Item]]:
         """What to send to which worker now. The samples count as sent when this returns."""
         plan: dict[int, list[Item]] = {}
-        for worker_id in self._refill:
+        for worker_id in self._changed:
             self._fill(self._workers[worker_id], plan)
-        self._refill.clear()
+        self._changed.clear()
         while self._queue and (open_id := self._open.first()) is not None:
             worker = self._workers[open_id]
             group = self._queue.popleft()
-            self._queued -= len(group)
-            worker.held = group
-            worker.tokens += sum(item.tokens for item in group)
+            worker.held = group.items() if isinstance(group, _Group) else group
+            worker.tokens += sum(item.tokens for item in worker.held)
             self._fill(worker, plan)
         if not self._queue:
             self._level(plan)
         return plan
 
     def reclaims(self) -> list[Reclaim]:
-        """In the tail: workers to ask for samples that they hold but have not begun, as many as others have places."""
+        """In the tail: workers to ask for samples that they hold but have not begun, as many as others have places.
+
+        To be called right after `assign`.
+        """
         plan: list[Reclaim] = []
         if self._queue:
             return plan
@@ -297,9 +309,7 @@ class Dispatcher:
         self._sent -= 1
         if len(worker.sent) < worker.capacity:
             self._free += 1
-        if worker.held:
-            self._refill.add(worker.worker_id)
-        self._rank(worker)
+        self._changed.add(worker.worker_id)
 
     def _put_back(self, items: list[Item]) -> None:
         """To the head of the queue, samples of one prompt together."""
@@ -307,12 +317,15 @@ class Dispatcher:
         for item in items:
             groups.setdefault(item.key[:2], deque()).append(item)
         self._queue.extendleft(reversed(groups.values()))
-        self._queued += len(items)
 
     def _rank(self, worker: _Worker) -> None:
-        worker_id, sent = worker.worker_id, len(worker.sent)
-        is_open = worker.room > 0 and not worker.held
-        self._open.set(worker_id, (int(sent >= worker.capacity), worker.tokens) if is_open else None)
-        self._waiting.set(worker_id, (-len(worker.held),) if worker.held else None)
+        worker_id, sent, held = worker.worker_id, len(worker.sent), len(worker.held)
+        is_open = sent < worker.window and not held
+        self._open.set(worker_id, (sent >= worker.capacity, worker.tokens) if is_open else None)
+        self._waiting.set(worker_id, (-held, 0) if held else None)
         over = sent - worker.capacity
-        self._over.set(worker_id, (-over,) if over > 0 and not worker.reclaiming else None)
+        self._over.set(worker_id, (-over, 0) if over > 0 and not worker.reclaiming else None)
+
+
+def _run_of(group: _Group | deque[Item]) -> int:
+    return group.run if isinstance(group, _Group) else group[0].key[0]

@@ -80,6 +80,7 @@ class SampleStream:
 
     def __init__(self, cancel: Callable[[], None]) -> None:
         self._cancel = cancel
+        self._taken: deque[Sample] = deque()  # the consumer's own: read without the lock
         self._ready: deque[Sample] = deque()
         self._changed = threading.Condition()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
@@ -99,7 +100,8 @@ class SampleStream:
     def finished_now(self) -> list[Sample]:
         """All samples that are finished and were not yet taken, without waiting: also after an error."""
         with self._changed:
-            taken = list(self._ready)
+            taken = [*self._taken, *self._ready]
+            self._taken.clear()
             self._ready.clear()
         return taken
 
@@ -111,36 +113,35 @@ class SampleStream:
         return self
 
     async def __anext__(self) -> Sample:
-        while True:
+        while not self._taken:
             with self._changed:
-                sample = self._take()
-                if sample is not None:
-                    return sample
+                if self._take():
+                    break
                 if self._ended:
                     raise StopAsyncIteration
                 event = asyncio.Event()
                 self._waiter = (asyncio.get_running_loop(), event)
             await event.wait()
+        return self._taken.popleft()
 
     def __iter__(self) -> Iterator[Sample]:
         return self
 
     def __next__(self) -> Sample:
-        with self._changed:
-            while True:
-                sample = self._take()
-                if sample is not None:
-                    return sample
-                if self._ended:
-                    raise StopIteration
-                self._changed.wait()
+        if not self._taken:
+            with self._changed:
+                while not self._take():
+                    if self._ended:
+                        raise StopIteration
+                    self._changed.wait()
+        return self._taken.popleft()
 
-    def _take(self) -> Sample | None:
-        if self._ready:
-            return self._ready.popleft()
-        if self._error is not None:
+    def _take(self) -> bool:
+        """Take over all that is ready, with the lock held. False: nothing is. Raises the run's error after the last."""
+        self._taken, self._ready = self._ready, self._taken
+        if not self._taken and self._error is not None:
             raise self._error
-        return None
+        return bool(self._taken)
 
     def _push(self, samples: list[Sample]) -> None:
         with self._changed:

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from vllm_selfspec.rollout.types import (
     CollectReply,
@@ -420,17 +420,21 @@ def _sampling_params(task: _Task) -> Any:
     return params
 
 
-def _kill_group_with_parent() -> subprocess.Popen[bytes]:
+def _kill_group_with_parent() -> IO[bytes]:
     """Put this process and its future children in a process group that is killed when this process ends.
 
-    The guard outlives a SIGKILL of this process: it waits for the end of a pipe that only this process holds open.
+    The guard outlives a SIGKILL of this process: it waits for the end of a pipe that only this process holds open (the
+    returned end). It is nobody's child, since Ray kills the children of an actor, the guard before those it guards.
     """
     with contextlib.suppress(PermissionError):  # a session leader leads its group already
         os.setpgid(0, 0)
-    script = 'read _; kill -KILL -- "-$0" 2>/dev/null'
-    return subprocess.Popen(
+    script = '(read _; kill -KILL -- "-$0" 2>/dev/null) <&0 >/dev/null 2>&1 &'
+    guard = subprocess.Popen(
         ["/bin/sh", "-c", script, str(os.getpgid(0))], stdin=subprocess.PIPE, start_new_session=True
     )
+    guard.wait()
+    assert guard.stdin is not None
+    return guard.stdin
 
 
 class DummyWorker(Worker):
@@ -459,7 +463,7 @@ class DummyWorker(Worker):
         self._seconds_per_token = seconds_per_token
         self._max_model_len = max_model_len
         self._refuse_versions = set(refuse_versions)
-        self._timers: dict[SampleKey, asyncio.TimerHandle] = {}
+        self._timers: dict[SampleKey, asyncio.Handle] = {}
         self.loaded: list[tuple[str, int]] = []
 
     async def start(self) -> WorkerInfo:
@@ -483,8 +487,9 @@ class DummyWorker(Worker):
         self._waiting.clear()
 
     def _begin(self, task: _Task) -> None:
-        delay = self._length(task.key) * self._seconds_per_token
-        self._timers[task.key] = asyncio.get_running_loop().call_later(delay, self._emit, task)
+        loop, delay = asyncio.get_running_loop(), self._length(task.key) * self._seconds_per_token
+        later = loop.call_later(delay, self._emit, task) if delay else loop.call_soon(self._emit, task)
+        self._timers[task.key] = later
 
     def _cancel(self, key: SampleKey) -> None:
         timer = self._timers.pop(key, None)
