@@ -123,7 +123,31 @@ IN_WORKERS = (
         ("self", "layer"),
         "vllm_selfspec.drafter.refresh:process_weights_after_loading",
     ),
+    Seam(
+        "vllm.v1.worker.gpu_worker:Worker.start_weight_update",
+        "an update of the target begins",
+        ("self",),
+        "vllm_selfspec.drafter.refresh:update_begins",
+    ),
+    *(
+        Seam(
+            f"vllm.v1.worker.gpu_worker:Worker.{method}",
+            "the target has other weights now: the drafter quantizes again before its next proposal",
+            ("self",),
+            "vllm_selfspec.drafter.refresh:update_ends",
+        )
+        for method in ("finish_weight_update", "wake_up", "reset_weights")
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_worker:Worker.reload_weights",
+        "a whole update of the target in one call",
+        ("self",),
+        "vllm_selfspec.drafter.refresh:whole_update",
+    ),
 )
+
+WORKER_METHODS = {"selfspec_refresh": "vllm_selfspec.drafter.refresh:selfspec_refresh"}
+"""Methods added to vLLM's worker, for `collective_rpc`."""
 
 
 def register() -> None:
@@ -141,6 +165,9 @@ def register() -> None:
         return
     for seam in EVERYWHERE:
         seam.apply()
+    from vllm_selfspec.rollout.weights import register_weight_transfer
+
+    register_weight_transfer()
 
 
 def worker_init(original: Callable[..., None], self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -148,6 +175,9 @@ def worker_init(original: Callable[..., None], self: Any, vllm_config: Any, *arg
     if isinstance(getattr(vllm_config.speculative_config, "selfspec", None), SelfSpecConfig):
         for seam in IN_WORKERS:
             seam.apply()
+        for name, path in WORKER_METHODS.items():
+            owner, function = _owner(path)
+            setattr(_owner(f"vllm.v1.worker.gpu_worker:Worker.{name}")[0], name, getattr(owner, function))
         from vllm_selfspec import compat
 
         compat.apply()

@@ -89,4 +89,6 @@ def check_engine(settings: SelfSpecConfig, model: ModelConfig, parallel: Paralle
         )
     if model.uses_mrope:
         raise ConfigError("method selfspec does not support multi-dimensional rotary positions: remove the speculative config.")
+    if settings.drafter.exit_head is not None:
+        raise ConfigError("drafter.exit_head: trained exit heads are not supported by this version, leave it out.")
     settings.drafter.layers(model.get_total_num_hidden_layers())

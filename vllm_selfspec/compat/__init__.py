@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from vllm_selfspec.compat import cpu_expand
+from vllm_selfspec.compat import cpu_expand, tied_lm_head
 
 
 def apply() -> None:
     """Apply every mend that this vLLM needs, in this process; re-entrant."""
     cpu_expand.apply()
+    tied_lm_head.apply()

@@ -93,6 +93,7 @@ class SelfDraftProposer(DraftModelProposer):
         self.model, self._draft_attn_layer_names = build_view(
             target_model, self.vllm_config, self._layers, self._weights, self._lm_head, self._tap
         )
+        self._tap.watch(target_model)
         logger.info(
             "selfspec drafts with %d of %d layers, weights %s, LM head %s: %.1f MiB of weights of its own, no KV cache "
             "of its own.",

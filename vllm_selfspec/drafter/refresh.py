@@ -8,15 +8,25 @@ the weight stays on the layer, the tap reads it from there and refreshes lazily,
 
 from __future__ import annotations
 
+import functools
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from vllm.logger import init_logger
 
 from vllm_selfspec.config import ConfigError, Precision
 from vllm_selfspec.drafter.quantize import QuantizedLinear, quantize
+
+IDLE_SECONDS = 0.1
+"""A gap of this length between two proposals lets the tap look for weights that changed behind vLLM's back."""
+
+FINGERPRINT_TENSORS, FINGERPRINT_SAMPLES = 16, 32
+
+logger = init_logger("vllm.selfspec")
 
 Plan = Callable[[nn.Module], Precision]
 """The precision at which the drafter uses a linear layer or LM head of the target."""
@@ -27,17 +37,23 @@ class WeightTap:
 
     Attributes:
         vllm_config: the engine that this drafter belongs to.
-        refreshes: layers quantized again after the first time.
+        refreshed_layers: layers quantized again after the first time, in total.
+        refresh_seconds: the time that took, in total.
     """
 
     _living: weakref.WeakSet[WeightTap] = weakref.WeakSet()
 
     def __init__(self, vllm_config: Any, plan: Plan) -> None:
         self.vllm_config = vllm_config
-        self.refreshes = 0
+        self.refreshed_layers = 0
+        self.refresh_seconds = 0.0
         self._plan = plan
         self._states: weakref.WeakKeyDictionary[nn.Module, QuantizedLinear] = weakref.WeakKeyDictionary()
         self._stale: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._fresh: weakref.WeakSet[nn.Module] | None = None  # captured since begin_update()
+        self._watched: list[torch.Tensor] = []
+        self._fingerprint: torch.Tensor | None = None
+        self._last_proposal = time.monotonic()
         WeightTap._living.add(self)
 
     @classmethod
@@ -64,9 +80,13 @@ class WeightTap:
         if state is None:
             self._states[layer] = quantize(weight.detach(), precision)
         else:
+            start = time.perf_counter()
             state.refresh(weight.detach())
-            self.refreshes += 1
+            self.refresh_seconds += time.perf_counter() - start
+            self.refreshed_layers += 1
         self._stale.discard(layer)
+        if self._fresh is not None:
+            self._fresh.add(layer)
 
     def state(self, layer: nn.Module, precision: Precision) -> QuantizedLinear:
         """The quantized weight of `layer`, made now if the layer still holds its full weight."""
@@ -79,16 +99,57 @@ class WeightTap:
             )
         return self._states[layer]
 
+    def watch(self, model: nn.Module) -> None:
+        """Notice every `model.load_weights` of the target from now on, and watch a few of its tensors."""
+        load_weights = model.load_weights
+
+        @functools.wraps(load_weights)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            # Marked before, not after: a layerwise load quantizes each layer as soon as it is complete.
+            self.mark_stale()
+            return load_weights(*args, **kwargs)
+
+        model.load_weights = watched
+        visible = [p for p in model.parameters() if p.numel() >= FINGERPRINT_SAMPLES and p.is_floating_point()]
+        self._watched = visible[:: max(1, len(visible) // FINGERPRINT_TENSORS)]
+
+    def begin_update(self) -> None:
+        """An update session starts: layers captured from here on are fresh at its end."""
+        self._fresh = weakref.WeakSet()
+
     def mark_stale(self) -> None:
         """The target's weights changed; layers that still hold theirs are quantized again before the next proposal."""
-        self._stale.update(self._states.keys())
+        fresh, self._fresh = self._fresh, None
+        self._stale.update(layer for layer in self._states if fresh is None or layer not in fresh)
 
-    def refresh(self) -> None:
-        """Quantize the stale layers again."""
-        for layer in list(self._stale):
-            if layer.weight.numel():
-                self.capture(layer)
+    def refresh(self) -> int:
+        """Quantize the stale layers again; returns how many."""
+        self._look_for_changes()
+        if not self._stale:
+            return 0
+        layers = [layer for layer in self._stale if layer.weight.numel()]
+        for layer in layers:
+            self._capture(layer, "native")
         self._stale.clear()
+        self._fingerprint = self._read_fingerprint()
+        logger.info("selfspec drafter refreshed: %d layers, %.2f s in all so far.", len(layers), self.refresh_seconds)
+        return len(layers)
+
+    def _look_for_changes(self) -> None:
+        """After a pause, compare a few entries of the target's tensors with what they were."""
+        now = time.monotonic()
+        idle, self._last_proposal = now - self._last_proposal > IDLE_SECONDS, now
+        if not idle or not self._watched or not self._states:
+            return
+        fingerprint = self._read_fingerprint()
+        if self._fingerprint is not None and not torch.equal(fingerprint, self._fingerprint):
+            self.mark_stale()
+        self._fingerprint = fingerprint
+
+    def _read_fingerprint(self) -> torch.Tensor:
+        """[n] float32: evenly spaced entries of the watched tensors."""
+        entries = [t.detach().flatten()[:: t.numel() // FINGERPRINT_SAMPLES][:FINGERPRINT_SAMPLES] for t in self._watched]
+        return torch.cat([e.float() for e in entries]) if entries else torch.empty(0)
 
     @property
     def nbytes(self) -> int:
@@ -103,3 +164,52 @@ def process_weights_after_loading(original: Callable[..., None], self: Any, laye
     if tap is not None and layer.weight.device.type == "cpu":
         tap.capture(layer)
     original(self, layer)
+
+
+def taps_of(vllm_config: Any) -> list[WeightTap]:
+    """The taps of one engine's drafters."""
+    return [tap for tap in WeightTap._living if tap.vllm_config is vllm_config]
+
+
+def update_begins(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wraps the worker's `start_weight_update`."""
+    for tap in taps_of(self.vllm_config):
+        tap.begin_update()
+    return original(self, *args, **kwargs)
+
+
+def update_ends(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wraps the worker's `finish_weight_update`, `wake_up` and `reset_weights`: the weights are others now."""
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        for tap in taps_of(self.vllm_config):
+            tap.mark_stale()
+
+
+def whole_update(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wraps the worker's `reload_weights`, a whole update in one call."""
+    for tap in taps_of(self.vllm_config):
+        tap.begin_update()
+    return update_ends(original, self, *args, **kwargs)
+
+
+def selfspec_refresh(self: Any) -> dict[str, float]:
+    """Worker method, for `collective_rpc("selfspec_refresh")`: refresh the drafter now.
+
+    Returns:
+        `layers` refreshed by this call, `total_layers` and `total_seconds` of all refreshes so far, and the `bytes` of
+        the drafter's own weights.
+    """
+    refreshed = 0
+    taps = taps_of(self.vllm_config)
+    with torch.inference_mode():
+        for tap in taps:
+            tap.mark_stale()
+            refreshed += tap.refresh()
+    return {
+        "layers": refreshed,
+        "total_layers": sum(tap.refreshed_layers for tap in taps),
+        "total_seconds": sum(tap.refresh_seconds for tap in taps),
+        "bytes": sum(tap.nbytes for tap in taps),
+    }

@@ -1,0 +1,142 @@
+"""The quantized drafter follows every way in which the target's weights change (greedy, float32, tiny models).
+
+Drafts of stale weights are nearly always rejected on these random models, and greedy float32 decoding is deterministic,
+so "as good as a fresh engine" is an equality: the same drafts accepted, the same text.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import write_checkpoint
+from vllm import LLM, SamplingParams
+
+from vllm_selfspec.drafter.refresh import IDLE_SECONDS
+
+PROMPTS = [[7, 11, 13, 17, 19], [23, 29, 31]]
+SPEC = {"method": "selfspec", "num_speculative_tokens": 3, "drafter": {"weights": "int8", "lm_head": "int8"}}
+FIXED = SPEC | {"control": {"mode": "fixed"}}
+
+
+def engine(path: Path) -> LLM:
+    return LLM(
+        str(path),
+        speculative_config=dict(FIXED),
+        dtype="float32",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_seqs=4,
+        block_size=32,
+        num_gpu_blocks_override=64,
+        disable_log_stats=False,
+        seed=0,
+    )
+
+
+def accepted_and_text(llm: LLM) -> tuple[int, list[list[int]]]:
+    """Drafts accepted while generating, and the tokens generated."""
+
+    def accepted() -> int:
+        return sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens")  # type: ignore[union-attr]
+
+    before = accepted()
+    llm.reset_prefix_cache()
+    params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in PROMPTS], params, use_tqdm=False)
+    return accepted() - before, [list(o.outputs[0].token_ids) for o in outputs]
+
+
+def proposer(llm: LLM) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.drafter
+
+
+def buffers(llm: LLM) -> dict[Any, int]:
+    return {s: s._handler.handler_tensor.data_ptr() for s in proposer(llm)._tap._states.values()}
+
+
+@pytest.fixture(scope="module", params=["llama", "llama_tied"])
+def checkpoints(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    return tuple(write_checkpoint(folder / str(seed), request.param, seed=seed) for seed in (1, 2))  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def fresh(checkpoints: tuple[Path, Path], in_process: None) -> tuple[int, list[list[int]]]:
+    """What an engine started on the second checkpoint does."""
+    llm = engine(checkpoints[1])
+    result = accepted_and_text(llm)
+    assert result[0] > 40, "the int8 drafter must be good for these tests to mean anything"
+    return result
+
+
+@pytest.fixture(scope="module")
+def in_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        yield
+
+
+def test_reload_weights(checkpoints: tuple[Path, Path], fresh: tuple[int, list[list[int]]]) -> None:
+    llm = engine(checkpoints[0])
+    assert accepted_and_text(llm)[1] != fresh[1]
+    addresses = buffers(llm)
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints[1])})
+    assert accepted_and_text(llm) == fresh
+    assert buffers(llm) == addresses
+    (report,) = llm.collective_rpc("selfspec_refresh")
+    assert report["total_layers"] >= len(addresses) and report["total_seconds"] > 0 and report["bytes"] > 0
+
+
+@pytest.fixture
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's unpacked mode on CPU: weights stay on the layers, where trainers that own the process write to them."""
+    from vllm import _custom_ops as ops
+
+    monkeypatch.setattr(ops, "_supports_onednn", False)
+
+
+def load_whole(llm: LLM, state: dict[str, torch.Tensor]) -> None:
+    llm.apply_model(lambda model: model.load_weights(iter(state.items())) and None)
+
+
+def load_by_parameter(llm: LLM, state: dict[str, torch.Tensor]) -> None:
+    """As colocated trainers do it: one parameter per call, no processing afterwards."""
+    for item in state.items():
+        llm.apply_model(lambda model, item=item: model.load_weights(iter([item])) and None)
+
+
+def write_in_place(llm: LLM, state: dict[str, torch.Tensor]) -> None:
+    """Behind the engine's back, past every hook: the fingerprint notices after a pause."""
+    model = proposer(llm)._runner.model
+    type(model).load_weights(model, iter(state.items()))
+    time.sleep(2 * IDLE_SECONDS)
+
+
+@pytest.mark.parametrize("update", [load_whole, load_by_parameter, write_in_place])
+def test_updates_that_vllm_does_not_finish(
+    update: Any,
+    checkpoints: tuple[Path, Path],
+    fresh: tuple[int, list[list[int]]],
+    unpacked: None,
+    request: pytest.FixtureRequest,
+) -> None:
+    if "[llama_tied" not in request.node.name:
+        pytest.skip("tied weights are the harder case; one model is enough for the unpacked mode")
+    llm = engine(checkpoints[0])
+    accepted_and_text(llm)
+    addresses = buffers(llm)
+    update(llm, load_file(checkpoints[1] / "model.safetensors"))
+    accepted, text = accepted_and_text(llm)
+    assert text == fresh[1]
+    assert accepted == fresh[0]
+    assert buffers(llm) == addresses
+    del llm
+    gc.collect()
