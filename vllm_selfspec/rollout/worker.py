@@ -329,8 +329,6 @@ class RolloutWorker(Worker):
         self._tasks.pop(key).cancel()
 
     async def _make(self, task: _Task) -> None:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         key, began_with = task.key, self._version
         try:
             params = _sampling_params(task)
@@ -346,12 +344,13 @@ class RolloutWorker(Worker):
             text = None if self._engine.model_config.skip_tokenizer_init else completion.text
             reason = completion.finish_reason or "unknown"
             self._end(task, list(completion.token_ids), text, logprobs, reason, began_with)
-        except EngineDeadError as error:
-            self._die(error)
-        except ValueError as error:  # vLLM's validation errors are ValueErrors
-            self._refuse(task, f"prompt {key[1]}: {error}")
         except Exception as error:
-            self._die(error)
+            # vLLM wraps what it did not expect; the cause says what happened.
+            reason = error.__cause__ or error
+            if self._engine.errored:
+                self._die(reason)
+            else:
+                self._refuse(task, f"sampling_params or prompt {key[1]}: vLLM refuses the request: {reason}")
         finally:
             self._tasks.pop(key, None)
 
