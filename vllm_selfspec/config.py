@@ -107,11 +107,13 @@ class SelfSpecConfig(_Strict):
         if value in ("", "0"):
             return None
         if value == "1":
-            return cls()
+            return cls.parse({})
         try:
             raw = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{ENV_VAR} is not JSON ({error}): set it to 1 for the defaults, or to a JSON object.") from None
+            raise ConfigError(
+                f"{ENV_VAR} is not JSON ({error}): set it to 1 for the defaults, or to a JSON object."
+            ) from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{ENV_VAR} must be 1 or a JSON object, not {type(raw).__name__}.")
         return cls.parse(raw)
@@ -122,8 +124,7 @@ def _first_error(error: ValidationError) -> str:
     problem = error.errors()[0]
     field = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        model: type[BaseModel] = SelfSpecConfig
-        for part in problem["loc"][:-1]:
-            model = {"drafter": DrafterConfig, "control": ControlConfig}[str(part)]
+        models: dict[str, type[_Strict]] = {"drafter": DrafterConfig, "control": ControlConfig}
+        model = models[str(problem["loc"][0])] if len(problem["loc"]) > 1 else SelfSpecConfig
         return f"{field} is not a selfspec setting: use one of {', '.join(model.model_fields)}."
     return f"{field} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."

@@ -68,7 +68,7 @@ def _wrapped(original: Callable[..., Any], seam: Seam) -> Callable[..., Any]:
     @functools.cache
     def wrapper() -> Callable[..., Any]:
         owner, name = _owner(seam.wrapper)
-        return getattr(owner, name)  # type: ignore[no-any-return]  # looked up by name
+        return getattr(owner, name)
 
     call._selfspec_seam = seam.target  # type: ignore[attr-defined]  # marks the wrapper, so that it is applied once
     return call
@@ -101,6 +101,12 @@ EVERYWHERE = (
         "takes selfspec's step counts out of the scheduler statistics and adds them to the Prometheus metrics",
         ("self", "scheduler_stats"),
         "vllm_selfspec.metrics:record",
+    ),
+    Seam(
+        "vllm.v1.engine.core:EngineCore.__init__",
+        "an adaptive engine times itself, or loads its profile, before it takes requests",
+        ("self", "vllm_config"),
+        "vllm_selfspec.live_profile:core_init",
     ),
 )
 
@@ -195,7 +201,7 @@ def create_speculative_config(
 
     if self.scheduler_cls is not None:
         raise ConfigError(
-            f"scheduler_cls is {self.scheduler_cls!r}, but method selfspec brings its own scheduler: remove one of them."
+            f"scheduler_cls is {self.scheduler_cls!r}, but method selfspec brings its own: remove one of the two."
         )
     self.scheduler_cls = "vllm_selfspec.scheduler.build_scheduler"
     return build(settings, target_model_config, target_parallel_config)

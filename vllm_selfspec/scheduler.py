@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,8 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_selfspec.config import ConfigError, SelfSpecConfig
-from vllm_selfspec.control.policy import Controller, ControlSettings, Decision, StepObservation, StepState
+from vllm_selfspec.control.cost_model import CostModel
+from vllm_selfspec.control.policy import Controller, ControlSettings, Decision, Reason, StepObservation, StepState
 from vllm_selfspec.metrics import STATS_KEY, StepStats
 
 logger = init_logger("vllm.selfspec")
@@ -55,15 +58,38 @@ class SelfSpecScheduling(Scheduler):
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
-        settings: SelfSpecConfig = vllm_config.speculative_config.selfspec  # type: ignore[union-attr]  # is ours
+        settings: SelfSpecConfig = vllm_config.speculative_config.selfspec
         self._controller = Controller(control_settings(settings), max_batch=self.scheduler_config.max_num_seqs)
         self._in_flight: deque[InFlightStep] = deque()
         self._busy_since: float | None = None
         self._caps: dict[str, int] = {}
         self._step_stats: list[StepStats] = []
+        self._dictated: int | None = None
+        self._observations: list[StepObservation] | None = None
         # A per-batch-size table of vLLM's own tells it that draft lengths vary, so that it does not pad new requests
         # to the longest; the value that it looks up is replaced in _update_after_schedule.
         self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
+
+    def use_cost_model(self, model: CostModel) -> None:
+        """Start the controller from measured times."""
+        self._controller = Controller(self._controller.settings, model, max_batch=self.scheduler_config.max_num_seqs)
+
+    @contextmanager
+    def dictated(self, observations: list[StepObservation]) -> Iterator[Callable[[int], None]]:
+        """For calibration: yields a function that sets the draft length of the steps to come.
+
+        Every step is appended to `observations`; the controller and the metrics see none of them.
+        """
+
+        def dictate(num_draft_tokens: int) -> None:
+            self._dictated = num_draft_tokens
+
+        self._observations = observations
+        try:
+            yield dictate
+        finally:
+            self._dictated, self._observations = None, None
+            self._step_stats.clear()
 
     def add_request(self, request: Request) -> None:
         params = request.sampling_params
@@ -76,7 +102,11 @@ class SelfSpecScheduling(Scheduler):
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         if scheduler_output.total_num_scheduled_tokens > 0:
-            decision = self._controller.decide(self._state(scheduler_output))
+            state = self._state(scheduler_output)
+            if self._dictated is None:
+                decision = self._controller.decide(state)
+            else:
+                decision = Decision(self._dictated, Reason.FIXED, state)
             scheduler_output.num_spec_tokens_to_schedule = decision.num_draft_tokens
             verified = sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
             self._in_flight.append(InFlightStep(scheduler_output, decision, verified))
@@ -136,28 +166,32 @@ class SelfSpecScheduling(Scheduler):
 
     def _observe(self, step: InFlightStep, result: ModelRunnerOutput) -> None:
         """Acceptance and duration of a finished step."""
+        state, decision = step.decision.state, step.decision
+        observation = None
+        if self._busy_since is not None and state.num_decode > 0:
+            observation = StepObservation(
+                seconds=time.perf_counter() - self._busy_since,
+                num_decode=state.num_decode,
+                mean_context=state.mean_context,
+                num_verified=step.num_verified / state.num_decode,
+                num_drafted=decision.num_draft_tokens,
+                prefill_tokens=state.prefill_tokens,
+            )
+        if self._observations is not None:
+            if observation is not None:
+                self._observations.append(observation)
+            return
         sampled, rows = result.sampled_token_ids, result.req_id_to_index
-        emitted = sum(map(len, sampled))
         for request_id, drafts in step.output.scheduled_spec_decode_tokens.items():
             row = rows.get(request_id)
             if row is not None and sampled[row]:
                 self._controller.observe_acceptance(len(drafts), len(sampled[row]) - 1)
-        state, decision = step.decision.state, step.decision
         speedup = None
-        if self._busy_since is not None and state.num_decode > 0:
-            seconds = time.perf_counter() - self._busy_since
-            self._controller.observe_step(
-                StepObservation(
-                    seconds=seconds,
-                    num_decode=state.num_decode,
-                    mean_context=state.mean_context,
-                    num_verified=step.num_verified / state.num_decode,
-                    num_drafted=decision.num_draft_tokens,
-                    prefill_tokens=state.prefill_tokens,
-                )
-            )
+        if observation is not None:
+            self._controller.observe_step(observation)
             if decision.times and state.prefill_tokens == 0:
-                speedup = emitted / state.num_decode * decision.times[0] / seconds
+                emitted = sum(map(len, sampled))
+                speedup = emitted / state.num_decode * decision.times[0] / observation.seconds
         if self.log_stats:
             self._step_stats.append(
                 StepStats(

@@ -69,7 +69,9 @@ def build(settings: SelfSpecConfig, model: ModelConfig, parallel: ParallelConfig
 def check_engine(settings: SelfSpecConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
     """Refuse engines that selfspec does not support, each with one sentence."""
     if model.runner_type != "generate":
-        raise ConfigError(f"method selfspec drafts text, but runner is {model.runner_type!r}: remove the speculative config.")
+        raise ConfigError(
+            f"method selfspec drafts text, but runner is {model.runner_type!r}: remove the speculative config."
+        )
     if parallel.pipeline_parallel_size > 1:
         raise ConfigError(
             f"pipeline_parallel_size is {parallel.pipeline_parallel_size}: selfspec needs all layers in one stage, "
@@ -88,7 +90,9 @@ def check_engine(settings: SelfSpecConfig, model: ModelConfig, parallel: Paralle
             "remove the speculative config."
         )
     if model.uses_mrope:
-        raise ConfigError("method selfspec does not support multi-dimensional rotary positions: remove the speculative config.")
+        raise ConfigError(
+            "method selfspec does not support multi-dimensional rotary positions: remove the speculative config."
+        )
     if settings.drafter.exit_head is not None:
         raise ConfigError("drafter.exit_head: trained exit heads are not supported by this version, leave it out.")
     settings.drafter.layers(model.get_total_num_hidden_layers())

@@ -55,7 +55,7 @@ class CpuInt8Linear(QuantizedLinear):
 
     def refresh(self, weight: torch.Tensor) -> None:
         fresh = self._pack(weight)
-        # Swap the pointers inside the tensors: compiled graphs read this tensor, and the old pack is freed with `fresh`.
+        # Swap the pointers inside the tensors: compiled graphs read this one, and the old pack is freed with `fresh`.
         old, new = self._handler.handler_tensor, fresh.handler_tensor
         pointer = old.clone()
         old.copy_(new)
@@ -140,7 +140,9 @@ def check_supported(field: str, precision: Precision, device_type: str) -> None:
 
         usable = usable_precisions()
     if precision not in usable:
-        raise ConfigError(f"{field} is {precision!r}, which has no kernel here: use one of {', '.join(sorted(usable))}.")
+        raise ConfigError(
+            f"{field} is {precision!r}, which has no kernel here: use one of {', '.join(sorted(usable))}."
+        )
 
 
 def quantize(weight: torch.Tensor, precision: Precision) -> QuantizedLinear:

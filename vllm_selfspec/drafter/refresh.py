@@ -12,7 +12,7 @@ import functools
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ class WeightTap:
         refresh_seconds: the time that took, in total.
     """
 
-    _living: weakref.WeakSet[WeightTap] = weakref.WeakSet()
+    _living: ClassVar[weakref.WeakSet[WeightTap]] = weakref.WeakSet()
 
     def __init__(self, vllm_config: Any, plan: Plan) -> None:
         self.vllm_config = vllm_config
@@ -148,7 +148,9 @@ class WeightTap:
 
     def _read_fingerprint(self) -> torch.Tensor:
         """[n] float32: evenly spaced entries of the watched tensors."""
-        entries = [t.detach().flatten()[:: t.numel() // FINGERPRINT_SAMPLES][:FINGERPRINT_SAMPLES] for t in self._watched]
+        entries = [
+            t.detach().flatten()[:: t.numel() // FINGERPRINT_SAMPLES][:FINGERPRINT_SAMPLES] for t in self._watched
+        ]
         return torch.cat([e.float() for e in entries]) if entries else torch.empty(0)
 
     @property

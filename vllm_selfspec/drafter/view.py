@@ -52,25 +52,27 @@ def shallow_copy(module: nn.Module) -> Any:
 
 
 def quantized_copy(module: nn.Module, precision: Precision, tap: WeightTap) -> nn.Module:
-    """`module` itself if it holds nothing to quantize, else a shallow copy whose linear layers use the tap's weights."""
+    """`module` itself if it holds nothing to quantize, else a shallow copy whose linear layers use the tap's."""
     if is_quantizable(module):
         clone = shallow_copy(module)
         clone.quant_method = DrafterLinearMethod(tap.state(module, precision))
-        return clone  # type: ignore[no-any-return]  # a copy of an nn.Module
+        return clone
     children = {name: quantized_copy(child, precision, tap) for name, child in module.named_children()}
     if all(child is module._modules[name] for name, child in children.items()):
         return module
     clone = shallow_copy(module)
     clone._modules.update(children)
-    return clone  # type: ignore[no-any-return]  # a copy of an nn.Module
+    return clone
 
 
 def language_model(target: nn.Module) -> nn.Module:
     """The text part of a target, the target itself where that is all there is."""
-    return target.get_language_model() if supports_multimodal(target) else target  # type: ignore[no-any-return,operator]
+    return target.get_language_model() if supports_multimodal(target) else target
 
 
-def quantization_plan(layers: Sequence[int], weights: Precision, lm_head: Precision) -> Callable[[nn.Module], Precision]:
+def quantization_plan(
+    layers: Sequence[int], weights: Precision, lm_head: Precision
+) -> Callable[[nn.Module], Precision]:
     """Which precision the drafter uses for a layer of the target, told by the layer's type and place."""
     wanted = set(layers)
 
@@ -94,7 +96,7 @@ class DraftBackbone(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, hidden_size] after the final norm, of tokens [T] at positions [T]."""
-        return self.decoder.forward(input_ids, positions, None)  # type: ignore[no-any-return]  # vLLM's models return it
+        return self.decoder.forward(input_ids, positions, None)
 
 
 class DraftModel(nn.Module):
@@ -112,15 +114,20 @@ class DraftModel(nn.Module):
         self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
         assert inputs_embeds is None, "the self-drafter embeds its own tokens"
-        return self.backbone(input_ids, positions)  # type: ignore[no-any-return]  # nn.Module.__call__
+        return self.backbone(input_ids, positions)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [T, vocab_size] of hidden states [T, hidden_size]."""
-        return self._heads[0].compute_logits(hidden_states)  # type: ignore[no-any-return,operator]  # vLLM's models
+        return self._heads[0].compute_logits(hidden_states)
 
 
 def build_view(
-    target: nn.Module, vllm_config: VllmConfig, layers: Sequence[int], weights: Precision, lm_head: Precision, tap: WeightTap
+    target: nn.Module,
+    vllm_config: VllmConfig,
+    layers: Sequence[int],
+    weights: Precision,
+    lm_head: Precision,
+    tap: WeightTap,
 ) -> tuple[DraftModel, set[str]]:
     """The drafter's model and the names of the attention layers it shares with the target.
 
@@ -138,7 +145,9 @@ def build_view(
     chosen = [stack[layer] for layer in layers]
     if weights != "native":
         chosen = [quantized_copy(layer, weights, tap) for layer in chosen]
-        if not any(isinstance(getattr(m, "quant_method", None), DrafterLinearMethod) for c in chosen for m in c.modules()):
+        if not any(
+            isinstance(getattr(m, "quant_method", None), DrafterLinearMethod) for c in chosen for m in c.modules()
+        ):
             raise ConfigError(
                 f"drafter.weights is {weights!r}, but {type(target).__name__} has no unquantized linear layer: "
                 "set it to 'native' and draft with exit_layer or skip_layers."
@@ -149,7 +158,9 @@ def build_view(
     head = shallow_copy(top)
     if lm_head != "native":
         if not isinstance(top.lm_head.quant_method, UnquantizedEmbeddingMethod):
-            raise ConfigError("drafter.lm_head cannot be quantized a second time on this checkpoint: set it to 'native'.")
+            raise ConfigError(
+                "drafter.lm_head cannot be quantized a second time on this checkpoint: set it to 'native'."
+            )
         head._modules["lm_head"] = shallow_copy(top.lm_head)
         head.lm_head.quant_method = DrafterLinearMethod(tap.state(top.lm_head, lm_head))
     with set_current_vllm_config(vllm_config), set_model_tag("selfspec_drafter"):

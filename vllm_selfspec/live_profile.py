@@ -1,0 +1,196 @@
+"""`control.profile: auto`: times the real engine at start-up, once per model, machine, drafter and versions.
+
+The engine core runs a few synthetic requests of random tokens through its own scheduler, model and sampler, with draft
+lengths dictated step by step, so the times hold everything that a step holds. Alternating "draft γ" and "draft none"
+steps separates the three times that the cost model needs: a step that neither verifies nor drafts takes T_T, one that
+only verifies γ takes T_V(γ), one that only drafts γ takes T_T + γ·T_D.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.engine import EngineCoreRequest
+
+from vllm_selfspec import __version__
+from vllm_selfspec.config import ConfigError, SelfSpecConfig
+from vllm_selfspec.control.cost_model import CostModel, Point, ProfileIdentity, check_profile
+from vllm_selfspec.control.policy import StepObservation
+
+logger = init_logger("vllm.selfspec")
+
+BUDGET_SECONDS = {"cpu": 60.0}
+DEFAULT_BUDGET_SECONDS = 10.0
+REPETITIONS = 3
+PROMPT_TOKENS = 32
+
+
+def core_init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """Wraps `EngineCore.__init__`: an adaptive engine gets its cost model before it takes requests."""
+    original(self, *args, **kwargs)
+    settings = getattr(self.vllm_config.speculative_config, "selfspec", None)
+    if isinstance(settings, SelfSpecConfig) and settings.control.mode == "adaptive":
+        self.scheduler.use_cost_model(cost_model(self, settings))
+
+
+def cost_model(core: Any, settings: SelfSpecConfig) -> CostModel:
+    """The cost model of this engine: the profile that was named, a cached one, or one measured now.
+
+    Raises:
+        ConfigError: the named profile cannot be read or belongs to another engine.
+    """
+    identity = profile_identity(core.vllm_config, settings)
+    if settings.control.profile != "auto":
+        try:
+            model = CostModel.from_profile(settings.control.profile)
+            check_profile(json.loads(Path(settings.control.profile).read_text())["meta"], identity)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"control.profile {settings.control.profile!r}: {error}") from error
+        return model
+    path = cache_path(identity)
+    if path.exists():
+        logger.info("selfspec uses the cached profile %s.", path)
+        return CostModel.from_profile(path)
+    model = measure(core, settings, identity)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    model.save(partial)
+    partial.replace(path)
+    logger.info("selfspec saved its profile to %s.", path)
+    return model
+
+
+def profile_identity(config: VllmConfig, settings: SelfSpecConfig) -> ProfileIdentity:
+    """Everything on which measured times depend."""
+    model, parallel = config.model_config, config.parallel_config
+    if current_platform.is_cpu():
+        hardware = f"{_cpu_name()} x{torch.get_num_threads()}"
+    else:
+        hardware = f"{current_platform.get_device_name()} x{parallel.tensor_parallel_size}"
+    eager = " eager" if model.enforce_eager else ""
+    return ProfileIdentity(
+        model=f"{model.model} {model.compute_hash()[:12]} {model.dtype}{eager}",
+        hardware=hardware,
+        drafter=f"{settings.drafter.model_dump_json()} up to {settings.num_speculative_tokens}",
+        versions={"vllm": vllm.__version__, "torch": torch.__version__, "vllm-selfspec": __version__},
+    )
+
+
+def cache_path(identity: ProfileIdentity) -> Path:
+    """Where the measured profile of `identity` is kept."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+    return root / "vllm-selfspec" / "profiles" / f"{key}.json"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def measure(core: Any, settings: SelfSpecConfig, identity: ProfileIdentity) -> CostModel:
+    """Time the engine for batch sizes 1, 2, 4, … and a few draft lengths, as long as the budget lasts."""
+    budget = BUDGET_SECONDS.get(current_platform.device_type, DEFAULT_BUDGET_SECONDS)
+    longest = settings.num_speculative_tokens
+    lengths = sorted({1, (longest + 1) // 2, longest})
+    start = time.perf_counter()
+    points: list[Point] = []
+    batch, last = 1, 0.0
+    while batch <= core.vllm_config.scheduler_config.max_num_seqs:
+        spent = time.perf_counter() - start
+        if points and spent + 2.2 * last > budget:
+            break
+        points += measure_batch(core, batch, lengths)
+        last = time.perf_counter() - start - spent
+        logger.info("selfspec calibration: batch %d measured in %.1f s (budget %.0f s).", batch, last, budget)
+        batch *= 2
+    meta = {
+        "model": identity.model,
+        "hardware": identity.hardware,
+        "drafter": identity.drafter,
+        "versions": identity.versions,
+        "source": "measured at engine start-up",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return CostModel.fit(points, meta=meta)
+
+
+def measure_batch(core: Any, batch: int, lengths: Sequence[int]) -> list[Point]:
+    """Points of one batch size; leaves the engine without requests."""
+    config, scheduler = core.vllm_config, core.scheduler
+    plan = [length for length in lengths for step in range(2)]
+    plan[1::2] = [0] * len(lengths)  # each draft is followed by a step that only verifies it
+    plan = [0, *plan] * REPETITIONS
+    room = config.model_config.max_model_len
+    prompt = min(PROMPT_TOKENS, max(1, room // 4))
+    needed = 2 + sum(length + 1 for length in plan)
+    dice = random.Random(batch)
+    vocabulary = config.model_config.get_vocab_size()
+    names = [f"selfspec-calibration-{batch}-{row}" for row in range(batch)]
+    for name in names:
+        request = EngineCoreRequest(
+            request_id=name,
+            prompt_token_ids=[dice.randrange(vocabulary) for _ in range(prompt)],
+            mm_features=None,
+            sampling_params=SamplingParams(temperature=1.0, max_tokens=min(needed, room - prompt), ignore_eos=True),
+            pooling_params=None,
+            arrival_time=time.time(),
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+        core.add_request(*core.preprocess_add_request(request))
+    observations: list[StepObservation] = []
+    with scheduler.dictated(observations) as dictate:
+        for length in [0, *plan]:
+            dictate(length)
+            core.post_step(core.step_fn()[1])
+        dictate(0)
+        core.abort_requests(names)
+        while scheduler.has_requests():
+            core.post_step(core.step_fn()[1])
+    core.reset_prefix_cache()
+    return points_of(observations, batch)
+
+
+def points_of(observations: Sequence[StepObservation], batch: int) -> list[Point]:
+    """Median times of the steps that decoded the whole batch and nothing else."""
+    seconds: dict[tuple[int, int], list[float]] = defaultdict(list)
+    contexts: list[float] = []
+    for step in observations:
+        if step.num_decode == batch and step.prefill_tokens == 0 and step.num_verified == int(step.num_verified):
+            seconds[int(step.num_verified), step.num_drafted].append(step.seconds)
+            contexts.append(step.mean_context)
+    if not seconds.get((0, 0)):
+        return []
+    seq = max(1, round(statistics.fmean(contexts)))
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    plain = medians[0, 0]
+    points = []
+    for (verified, drafted), time_taken in medians.items():
+        if drafted == 0:
+            component = "verify" if verified else "target"
+            points.append(Point(component, batch, seq, verified, time_taken, noise=0.03))  # type: ignore[arg-type]  # one of two literals
+        elif verified == 0 and time_taken > plain:
+            points.append(Point("draft", batch, seq, drafted, (time_taken - plain) / drafted, noise=0.05))
+    return points
