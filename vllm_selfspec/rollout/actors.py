@@ -59,7 +59,9 @@ class RayCluster:
         """Connect to Ray (a local one if there is none) and reserve what the workers need."""
         if not ray.is_initialized():
             # The dashboard and its agents would take cores from the engines.
-            await asyncio.to_thread(ray.init, include_dashboard=False, log_to_driver=False)
+            # Ray would make its workers nicer than everything else on the machine, the driver included.
+            settings = {"worker_niceness": 0}
+            await asyncio.to_thread(ray.init, include_dashboard=False, log_to_driver=False, _system_config=settings)
             self._own_ray = True
         if self._gpus is None:
             self._gpus = 1 if ray.cluster_resources().get("GPU", 0) >= self._num_workers else 0

@@ -12,7 +12,7 @@ import os
 import subprocess
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -32,6 +32,7 @@ from vllm_selfspec.rollout.types import (
 )
 from vllm_selfspec.rollout.weights import BACKEND, read_index
 
+_WATCH_S = 0.5  # how often an engine is asked whether it is alive
 _COALESCE_S = 0.002  # samples of one engine step finish within this time: collect them in one reply
 
 
@@ -272,6 +273,8 @@ class RolloutWorker(Worker):
         self._engine_args = dict(engine_args)
         self._engine: Any = None
         self._tasks: dict[SampleKey, asyncio.Task[None]] = {}
+        self._watch: asyncio.Task[None] | None = None
+        self._dead = asyncio.Event()
         if own_processes:
             self._guard = _kill_group_with_parent()
 
@@ -292,9 +295,10 @@ class RolloutWorker(Worker):
             self._engine = AsyncLLM.from_engine_args(engine_args, stat_loggers=[self._stat_logger_factory()])
         except Exception as error:
             raise InvalidRequestError(f"worker {self.worker_id}: the engine did not start: {error}") from error
+        self._watch = asyncio.get_running_loop().create_task(self._watch_engine())
         config = self._engine.vllm_config
         self._capacity = config.scheduler_config.max_num_seqs
-        await self._collective("init_weight_transfer_engine", init_info={})
+        await self._or_death(self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}}))
         model = Path(config.model_config.model)
         return WorkerInfo(
             worker_id=self.worker_id,
@@ -317,7 +321,7 @@ class RolloutWorker(Worker):
 
     async def close(self) -> None:
         await super().close()
-        for task in list(self._tasks.values()):
+        for task in [*self._tasks.values(), *([self._watch] if self._watch is not None else [])]:
             task.cancel()
         if self._engine is not None:
             self._engine.shutdown(timeout=5)
@@ -358,18 +362,37 @@ class RolloutWorker(Worker):
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         engine = self._engine
-        await engine.pause_generation(mode="abort")
+        await self._or_death(engine.pause_generation(mode="abort"))
         try:
-            await engine.start_weight_update()
-            await engine.update_weights(WeightTransferUpdateRequest(update_info={"path": path}))
-            await engine.finish_weight_update(str(version))
-            await engine.reset_prefix_cache()
+            await self._or_death(engine.start_weight_update())
+            await self._or_death(engine.update_weights(WeightTransferUpdateRequest(update_info={"path": path})))
+            await self._or_death(engine.finish_weight_update(str(version)))
+            await self._or_death(engine.reset_prefix_cache())
         finally:
-            if not engine.errored:
-                await engine.resume_generation()
+            if self._fatal is None:
+                await self._or_death(engine.resume_generation())
 
-    async def _collective(self, method: str, **kwargs: Any) -> None:
-        await self._engine.collective_rpc(method, kwargs=kwargs)
+    async def _watch_engine(self) -> None:
+        """Notice a dead engine also when nothing is running on it."""
+        while not self._engine.errored:
+            await asyncio.sleep(_WATCH_S)
+        self._die(self._engine.dead_error)
+
+    def _die(self, error: BaseException) -> None:
+        super()._die(error)
+        self._dead.set()
+
+    async def _or_death(self, call: Coroutine[Any, Any, Any]) -> None:
+        """Await a control call; vLLM never answers one that its engine was working on when it died."""
+        work, death = asyncio.ensure_future(call), asyncio.ensure_future(self._dead.wait())
+        try:
+            await asyncio.wait({work, death}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                self._check_alive()
+            await work
+        finally:
+            work.cancel()
+            death.cancel()
 
     def _stat_logger_factory(self) -> Callable[..., Any]:
         from vllm.v1.metrics.loggers import StatLoggerBase

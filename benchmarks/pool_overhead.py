@@ -1,0 +1,115 @@
+"""What the pool costs, and what a second CPU worker brings: alternating rounds over the same prompts.
+
+    python benchmarks/pool_overhead.py --compare bare      # pool of one worker against LLM.generate
+    python benchmarks/pool_overhead.py --compare workers   # pool of two workers (half of the cores each) against one
+
+Both sides are alive all the time and take turns, in changing order; the figure is the median of the ratios of the
+rounds. Same prompts, seeds and sampling parameters on both sides. The last line is JSON.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+# Before vLLM is imported. Two engines are alive at once: an idle one must not spin on the cores of the other.
+os.environ.setdefault("KMP_BLOCKTIME", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from vllm_selfspec.rollout import RolloutPool
+
+QUESTIONS = (
+    "Explain why the sky is blue.",
+    "Write a Python function that reverses a linked list.",
+    "What is the sum of the first hundred integers?",
+    "Describe how a refrigerator works.",
+    "Give three reasons to learn Latin.",
+    "Who wrote The Old Man and the Sea?",
+    "How do vaccines work?",
+    "Tell a short story about a lighthouse.",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="checkpoint folder")
+    parser.add_argument("--compare", choices=("bare", "workers"), default="bare")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--n", type=int, default=4, help="samples per prompt")
+    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--natural", action="store_true", help="stop at the end of the answer, not at --max-tokens")
+    parser.add_argument("--batch", type=int, default=16, help="max_num_seqs of all engines of one side together")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on both sides (slower start)")
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args()
+
+    engine: dict[str, Any] = {
+        "max_model_len": 1024,
+        "dtype": args.dtype,
+        "enforce_eager": not args.compile,
+        "max_num_seqs": args.batch,
+        "kv_cache_memory_bytes": 1 << 29,
+    }
+    params = {
+        "temperature": 1.0,
+        "seed": 1,
+        "max_tokens": args.max_tokens,
+        "ignore_eos": not args.natural,
+        "logprobs": 0,
+    }
+    prompts = list(QUESTIONS)
+
+    with contextlib.ExitStack() as stack:
+        sides: dict[str, Callable[[], int]] = {}
+        one = stack.enter_context(RolloutPool(args.model, 1, engine_args=engine))
+        sides["one worker"] = lambda: sum(len(sample.token_ids) for sample in one.generate(prompts, args.n, params))
+        if args.compare == "workers":
+            half = {**engine, "max_num_seqs": max(1, args.batch // 2)}
+            two = stack.enter_context(RolloutPool(args.model, 2, engine_args=half))
+            sides["two workers"] = lambda: sum(
+                len(sample.token_ids) for sample in two.generate(prompts, args.n, params)
+            )
+        else:
+            from vllm import LLM, SamplingParams
+
+            llm = LLM(model=args.model, **engine)
+            sampling = SamplingParams(n=args.n, **params)
+
+            def bare() -> int:
+                outputs = llm.generate(prompts, sampling, use_tqdm=False)
+                return sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+
+            sides["bare LLM.generate"] = bare
+        first, second = sides
+        for name in sides:
+            sides[name]()  # warm up
+        rates: dict[str, list[float]] = {name: [] for name in sides}
+        for number in range(args.rounds):
+            for name in (first, second) if number % 2 == 0 else (second, first):
+                began = time.perf_counter()
+                tokens = sides[name]()
+                rates[name].append(tokens / (time.perf_counter() - began))
+            print(
+                f"round {number + 1:2}: " + ", ".join(f"{name} {rates[name][-1]:.1f} tok/s" for name in sides),
+                flush=True,
+            )
+
+    base, other = ("bare LLM.generate", "one worker") if args.compare == "bare" else ("one worker", "two workers")
+    ratios = [b / a for a, b in zip(rates[base], rates[other], strict=True)]
+    result = {
+        "compare": f"{other} / {base}",
+        "ratio_median": statistics.median(ratios),
+        "ratios": sorted(round(ratio, 4) for ratio in ratios),
+        "tokens_per_s": {name: statistics.median(values) for name, values in rates.items()},
+        "arguments": vars(args),
+    }
+    print(f"{result['compare']}: {result['ratio_median']:.3f} (median of {len(ratios)} rounds)")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
