@@ -1,0 +1,193 @@
+"""vLLM engines inside the test's own process, requests that come and go while they run, and what they did."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vllm import LLM, RequestOutput, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.sampling_params import RequestOutputKind
+
+from vllm_selfspec.control.policy import Controller, Decision
+from vllm_selfspec.scheduler import SelfSpecScheduling
+
+BLOCK = 32
+"""Tokens per KV block: the least that vLLM's CPU attention takes."""
+
+
+@contextmanager
+def engine(model: str, selfspec: dict[str, Any] | None = None, **arguments: Any) -> Iterator[LLM]:
+    """An in-process float32 engine for `model`, torn down at the end.
+
+    Args:
+        model: path of a tiny checkpoint.
+        selfspec: the `speculative_config` without its method, None for plain decoding.
+        **arguments: of `LLM`, over the defaults here.
+    """
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "max_model_len": 256,
+        "block_size": BLOCK,
+        "num_gpu_blocks_override": 256,
+        "max_num_seqs": 16,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    if selfspec is not None:
+        defaults["speculative_config"] = {"method": "selfspec", **selfspec}
+    llm = LLM(model, **(defaults | arguments))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def scheduler_of(llm: LLM) -> Any:
+    """The engine's scheduler."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def runner_of(llm: LLM) -> Any:
+    """The engine's model runner."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+@dataclass
+class Watch:
+    """What an engine did since it was watched.
+
+    Attributes:
+        drafted, accepted: draft tokens verified and accepted.
+        lengths: the draft length of every step.
+        preemptions: requests thrown out of the KV cache.
+    """
+
+    drafted: int = 0
+    accepted: int = 0
+    lengths: list[int] = field(default_factory=list)
+    preemptions: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Fraction of the drafts accepted."""
+        return self.accepted / self.drafted
+
+
+def watch(llm: LLM, draft_length: Callable[[], int] | None = None) -> Watch:
+    """Count what the engine does from now on.
+
+    Args:
+        llm: an in-process engine.
+        draft_length: if given, called in every step for the number of tokens to draft.
+    """
+    seen = Watch()
+    scheduler = scheduler_of(llm)
+    # Only the class's own methods: watching twice replaces the first watch.
+    kind = type(scheduler)
+
+    def make_spec_decoding_stats(stats: Any, num_draft_tokens: int, num_accepted_tokens: int, **rest: Any) -> Any:
+        seen.drafted += num_draft_tokens
+        seen.accepted += num_accepted_tokens
+        return kind.make_spec_decoding_stats(scheduler, stats, num_draft_tokens, num_accepted_tokens, **rest)
+
+    def preempt(*args: Any, **kwargs: Any) -> None:
+        seen.preemptions += 1
+        kind._preempt_request(scheduler, *args, **kwargs)
+
+    def decide(state: Any) -> Decision:
+        decision = Controller.decide(controller, state)
+        if draft_length is not None:
+            decision = replace(decision, num_draft_tokens=draft_length())
+        seen.lengths.append(decision.num_draft_tokens)
+        return decision
+
+    scheduler.make_spec_decoding_stats = make_spec_decoding_stats
+    scheduler._preempt_request = preempt
+    if isinstance(scheduler, SelfSpecScheduling):
+        controller = scheduler._controller
+        controller.decide = decide
+    return seen
+
+
+def random_lengths(seed: int, longest: int = 8) -> Callable[[], int]:
+    """Draft lengths 0..longest in random order, always the same for the same seed."""
+    generator = random.Random(seed)
+    return lambda: generator.randint(0, longest)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request of a workload.
+
+    Attributes:
+        prompt: token ids.
+        params: sampling parameters.
+        arrival: engine step before which it is added.
+        abort: engine step before which it is aborted, if it is still running.
+    """
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    arrival: int = 0
+    abort: int | None = None
+
+
+def greedy(max_tokens: int, **params: Any) -> SamplingParams:
+    """Greedy sampling of `max_tokens` tokens."""
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, **params)
+
+
+def drive(llm: LLM, jobs: Sequence[Job]) -> list[RequestOutput | None]:
+    """Run the jobs, each added and aborted at its own step; None for those aborted before they finished."""
+    engine = llm.llm_engine
+    finished: dict[int, RequestOutput] = {}
+    aborted: set[int] = set()
+    step = added = 0
+    while added < len(jobs) or engine.has_unfinished_requests():
+        for number, job in enumerate(jobs):
+            if job.arrival == step:
+                params = job.params.clone()
+                params.output_kind = RequestOutputKind.FINAL_ONLY
+                engine.add_request(str(number), {"prompt_token_ids": list(job.prompt)}, params)
+                added += 1
+            if job.abort == step and number not in finished:
+                engine.abort_request([str(number)])
+                aborted.add(number)
+        for output in engine.step():
+            if output.finished and int(output.request_id) not in aborted:
+                finished[int(output.request_id)] = output
+        step += 1
+        assert step < 5000, "the engine does not finish"
+    return [finished.get(number) for number in range(len(jobs))]
+
+
+def texts(outputs: Sequence[RequestOutput | None]) -> list[list[tuple[tuple[int, ...], Any, Any]] | None]:
+    """For each request, None or the (token ids, finish reason, stop reason) of its samples."""
+    return [
+        output and [(tuple(sample.token_ids), sample.finish_reason, sample.stop_reason) for sample in output.outputs]
+        for output in outputs
+    ]
+
+
+def random_prompt(length: int, seed: int, vocabulary: int = 256) -> list[int]:
+    """A prompt of random tokens."""
+    generator = random.Random(seed)
+    return [generator.randrange(vocabulary) for _ in range(length)]
+
+
+def generate(llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[tuple[int, ...]]]:
+    """The token ids of every prompt's samples, all prompts added at once."""
+    outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
+    return [[tuple(sample.token_ids) for sample in output.outputs] for output in outputs]
