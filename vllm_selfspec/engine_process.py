@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -85,7 +86,7 @@ class EngineProcess:
 
         Yields:
             `{"event": "sample", "id", "token_ids", "text", "finish_reason", "seconds"}` as each finishes, then one
-            `{"event": "done", "seconds", "counters"}`.
+            `{"event": "done", "seconds", "counters", "timeline"}`.
 
         Raises:
             UsageError: when a request does not fit the engine.
@@ -234,8 +235,8 @@ def _generate(llm: Any, requests: list[dict[str, Any]], sampling: dict[str, Any]
     prompts = [_token_ids(llm, request) for request in requests]
     # Every round starts without what an earlier one left in the prefix cache.
     llm.reset_prefix_cache()
-    before = _counters(llm)
     started = time.monotonic()
+    timeline = _Timeline(llm)
     for request, prompt in zip(requests, prompts, strict=True):
         engine.add_request(request["id"], {"prompt_token_ids": prompt}, params)
     while engine.has_unfinished_requests():
@@ -250,8 +251,43 @@ def _generate(llm: Any, requests: list[dict[str, Any]], sampling: dict[str, Any]
                 finish_reason=completion.finish_reason,
                 seconds=time.monotonic() - started,
             )
+        timeline.look(time.monotonic() - started)
     seconds = time.monotonic() - started
-    _emit(events, event="done", seconds=seconds, counters=_counters(llm).minus(before).model_dump(mode="json"))
+    counts = _counters(llm.get_metrics()).minus(timeline.before)
+    moments = [moment.model_dump(mode="json") for moment in timeline.moments]
+    _emit(events, event="done", seconds=seconds, counters=counts.model_dump(mode="json"), timeline=moments)
+
+
+class _Timeline:
+    """Looks at an engine's metrics now and then; a long round is looked at less often, so that it stays short."""
+
+    _MAX_MOMENTS = 200
+
+    def __init__(self, llm: Any) -> None:
+        from vllm_selfspec.results import Moment
+
+        self._llm = llm
+        self._interval = 0.5
+        self._next = 0.0
+        self.before = _counters(llm.get_metrics())
+        self.moments: list[Moment] = []
+
+    def look(self, seconds: float) -> None:
+        """Add a moment, if it is time."""
+        from vllm_selfspec.results import Moment
+
+        if seconds < self._next:
+            return
+        metrics = self._llm.get_metrics()
+        running = sum(int(metric.value) for metric in metrics if metric.name == "vllm:num_requests_running")
+        lengths = _counters(metrics).minus(self.before).draft_lengths
+        steps, total = sum(lengths.values()), sum(length * count for length, count in lengths.items())
+        moment = Moment(seconds=round(seconds, 3), running=running, steps=steps, draft_length_sum=total)
+        self.moments.append(moment)
+        if len(self.moments) > self._MAX_MOMENTS:
+            self.moments = self.moments[::2]
+            self._interval *= 2
+        self._next = seconds + self._interval
 
 
 def _token_ids(llm: Any, request: dict[str, Any]) -> list[int]:
@@ -272,30 +308,26 @@ def _token_ids(llm: Any, request: dict[str, Any]) -> list[int]:
     return list(token_ids)
 
 
-def _counters(llm: Any) -> Any:
-    """Read vLLM's speculative decoding counters, which only ever grow."""
+def _counters(metrics: list[Any]) -> Any:
+    """Return the speculative decoding counters among vLLM's metrics, which only ever grow."""
+    from vllm_selfspec.metrics import draft_length_counts
     from vllm_selfspec.results import SpecCounts
 
-    metrics = llm.get_metrics()
     values = {metric.name: getattr(metric, "value", None) for metric in metrics}
     vectors = {metric.name: getattr(metric, "values", None) for metric in metrics}
+    lengths: Counter[int] = Counter()
+    decisions: Counter[str] = Counter()
+    for (length, reason), steps in draft_length_counts(metrics).items():
+        lengths[length] += steps
+        decisions[reason] += steps
     return SpecCounts(
         num_drafts=values.get("vllm:spec_decode_num_drafts") or 0,
         num_draft_tokens=values.get("vllm:spec_decode_num_draft_tokens") or 0,
         num_accepted_tokens=values.get("vllm:spec_decode_num_accepted_tokens") or 0,
         accepted_per_position=vectors.get("vllm:spec_decode_num_accepted_tokens_per_pos") or [],
-        draft_lengths=_draft_lengths(metrics),
+        draft_lengths=dict(lengths),
+        decisions=dict(decisions),
     )
-
-
-def _draft_lengths(metrics: list[Any]) -> dict[int, int]:
-    """Return how many engine steps were scheduled with each draft length, 0 included."""
-    from vllm_selfspec.metrics import draft_length_counts
-
-    lengths: dict[int, int] = {}
-    for (length, _), steps in draft_length_counts(metrics).items():
-        lengths[length] = lengths.get(length, 0) + steps
-    return lengths
 
 
 def _one_sentence(error: Exception) -> str:

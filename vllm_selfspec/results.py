@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,17 +30,20 @@ class SpecCounts(_Model):
     """How many drafts had their token at position i (from 0) accepted."""
     draft_lengths: dict[int, int] = Field(default_factory=dict)
     """How many engine steps were scheduled with each draft length, 0 included; empty when that was not counted."""
+    decisions: dict[str, int] = Field(default_factory=dict)
+    """How many engine steps got their draft length for each reason; empty when that was not counted."""
 
     def minus(self, earlier: "SpecCounts") -> "SpecCounts":
         """Return what was counted since `earlier`, a reading of the same counters."""
         before = earlier.accepted_per_position + [0] * len(self.accepted_per_position)
-        lengths = {n: count - earlier.draft_lengths.get(n, 0) for n, count in self.draft_lengths.items()}
+        lengths = Counter(self.draft_lengths) - Counter(earlier.draft_lengths)
         return SpecCounts(
             num_drafts=self.num_drafts - earlier.num_drafts,
             num_draft_tokens=self.num_draft_tokens - earlier.num_draft_tokens,
             num_accepted_tokens=self.num_accepted_tokens - earlier.num_accepted_tokens,
             accepted_per_position=[now - then for now, then in zip(self.accepted_per_position, before, strict=False)],
-            draft_lengths={n: count for n, count in sorted(lengths.items()) if count},
+            draft_lengths=dict(sorted(lengths.items())),
+            decisions=dict(sorted((Counter(self.decisions) - Counter(earlier.decisions)).items())),
         )
 
     def plus(self, other: "SpecCounts") -> "SpecCounts":
@@ -49,13 +53,14 @@ class SpecCounts(_Model):
             counts.accepted_per_position + [0] * (positions - len(counts.accepted_per_position))
             for counts in (self, other)
         ]
-        lengths = sorted(self.draft_lengths.keys() | other.draft_lengths.keys())
+        lengths = Counter(self.draft_lengths) + Counter(other.draft_lengths)
         return SpecCounts(
             num_drafts=self.num_drafts + other.num_drafts,
             num_draft_tokens=self.num_draft_tokens + other.num_draft_tokens,
             num_accepted_tokens=self.num_accepted_tokens + other.num_accepted_tokens,
             accepted_per_position=[sum(pair) for pair in zip(*padded, strict=True)],
-            draft_lengths={n: self.draft_lengths.get(n, 0) + other.draft_lengths.get(n, 0) for n in lengths},
+            draft_lengths=dict(sorted(lengths.items())),
+            decisions=dict(sorted((Counter(self.decisions) + Counter(other.decisions)).items())),
         )
 
     @property
@@ -91,6 +96,18 @@ class SpecCounts(_Model):
         return shares
 
 
+class Moment(_Model):
+    """The state of an engine at one moment of a round."""
+
+    seconds: float
+    running: int
+    """Requests in the engine's current batch."""
+    steps: int = 0
+    """Engine steps since the start of the round; 0 when they are not counted (plain decoding)."""
+    draft_length_sum: int = 0
+    """The draft lengths of these steps, added up."""
+
+
 class Round(_Model):
     """One pass over all prompts × samples in one mode."""
 
@@ -102,6 +119,7 @@ class Round(_Model):
     num_tokens: int
     """Generated tokens, prompts not included."""
     spec: SpecCounts | None = None
+    timeline: list[Moment] = Field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:
@@ -162,6 +180,7 @@ class RolloutRun(_Model):
             "acceptance_length": spec.acceptance_length,
             "acceptance_per_position": spec.acceptance_per_position,
             "draft_lengths": spec.draft_lengths,
+            "decisions": spec.decisions,
         }
 
     def save(self, path: Path) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from vllm_selfspec.commands import rollout
-from vllm_selfspec.commands.report import draft_length_text
-from vllm_selfspec.engine_process import EngineProcess, _root_cause
+from vllm_selfspec.commands.report import shares_text
+from vllm_selfspec.engine_process import EngineProcess, _root_cause, _Timeline
 from vllm_selfspec.errors import EngineError, UsageError
 from vllm_selfspec.prompts import embedded_prompts, load_prompts
 from vllm_selfspec.results import RolloutRun, Round, SpecCounts
@@ -64,6 +64,9 @@ def test_alternates_counts_and_saves(behave, tmp_path: Path):
 
     run = RolloutRun.load(out / "rollout.json")
     assert [(item.num_samples, item.num_tokens) for item in run.rounds] == [(6, 30)] * 4
+    assert all(item.timeline and item.timeline[0].running == 5 for item in run.rounds)
+    assert [moment.draft_length_sum for moment in run.rounds[1].timeline[:1]] == [3]
+    assert [item.spec.draft_lengths if item.spec else None for item in run.rounds] == [None, {3: 6}, None, {3: 6}]
     assert [item.spec.num_drafts if item.spec else None for item in run.rounds] == [None, 6, None, 6]
     assert run.settings["num_prompts"] == 2
     assert run.provenance["command"].startswith("vllm-selfspec rollout --model")
@@ -188,6 +191,16 @@ def test_files_in_the_current_folder_are_not_imported(behave, tmp_path: Path, mo
         assert engine.wait_ready() >= 0
 
 
+def test_a_long_round_keeps_a_short_timeline():
+    fake = type("Engine", (), {"get_metrics": lambda self: []})()
+    timeline = _Timeline(fake)
+    for half_second in range(4000):
+        timeline.look(half_second / 2)
+    assert 100 <= len(timeline.moments) <= 200
+    assert timeline.moments[0].seconds == 0
+    assert timeline.moments[-1].seconds > 1900
+
+
 def test_root_cause_is_the_first_error(tmp_path: Path):
     log = tmp_path / "log"
     log.write_text(
@@ -276,13 +289,21 @@ def test_ratio_is_the_median_of_neighbours():
 
 
 def test_counter_arithmetic():
-    early = SpecCounts(num_drafts=2, num_draft_tokens=6, num_accepted_tokens=1, accepted_per_position=[1, 0, 0])
+    early = SpecCounts(
+        num_drafts=2,
+        num_draft_tokens=6,
+        num_accepted_tokens=1,
+        accepted_per_position=[1, 0, 0],
+        draft_lengths={3: 2},
+        decisions={"best": 2},
+    )
     late = SpecCounts(
         num_drafts=12,
         num_draft_tokens=36,
         num_accepted_tokens=16,
         accepted_per_position=[9, 5, 2],
         draft_lengths={0: 4, 3: 10},
+        decisions={"best": 14},
     )
     between = late.minus(early)
     assert (between.num_drafts, between.num_accepted_tokens) == (10, 15)
@@ -290,6 +311,7 @@ def test_counter_arithmetic():
     assert between.acceptance_per_token == pytest.approx(0.5)
     assert between.acceptance_length == pytest.approx(2.5)
     assert between.acceptance_per_position == pytest.approx([0.8, 5 / 8, 2 / 5])
+    assert (between.draft_lengths, between.decisions) == ({0: 4, 3: 8}, {"best": 12})
     assert early.plus(between) == late
     assert SpecCounts().minus(SpecCounts()) == SpecCounts()
 
@@ -304,7 +326,7 @@ def test_acceptance_where_draft_lengths_vary():
         draft_lengths={0: 50, 1: 100, 3: 100},
     )
     assert counts.acceptance_per_position == pytest.approx([1.0, 1.0, 1.0])
-    assert draft_length_text(counts.draft_lengths) == "0: 20% 1: 40% 3: 40%"
+    assert shares_text(counts.draft_lengths) == "0: 20% 1: 40% 3: 40%"
 
 
 def test_without_drafts_there_is_no_acceptance():

@@ -1,7 +1,9 @@
 """`vllm-selfspec report`: the table and the plot of saved rollouts, and a comparison of several."""
 
+import itertools
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,7 +91,8 @@ def print_run(run: "RolloutRun") -> None:
             "acceptance at position 1, 2, ...", " ".join(f"{a:.2f}" for a in spec.acceptance_per_position) or "-"
         )
         only_selfspec("mean acceptance length", _number(spec.acceptance_length, ".2f"))
-        only_selfspec("draft lengths used", draft_length_text(spec.draft_lengths) or "-")
+        only_selfspec("draft lengths used (steps)", shares_text(spec.draft_lengths) or "-")
+        only_selfspec("chosen because (steps)", shares_text(spec.decisions) or "-")
     _console().print(table)
 
 
@@ -97,10 +100,10 @@ def _model_name(run: "RolloutRun") -> str:
     return Path(str(run.settings["model"])).name
 
 
-def draft_length_text(draft_lengths: dict[int, int]) -> str:
-    """Return the shares of the draft lengths, such as `0: 12% 4: 88%`."""
-    total = sum(draft_lengths.values())
-    return " ".join(f"{length}: {count / total:.0%}" for length, count in sorted(draft_lengths.items()) if count)
+def shares_text(counts: Mapping[Any, int]) -> str:
+    """Return counts as shares, such as `0: 12% 4: 88%`."""
+    total = sum(counts.values())
+    return " ".join(f"{key}: {count / total:.0%}" for key, count in sorted(counts.items()) if count)
 
 
 def _rates(run: "RolloutRun") -> list[list[float]]:
@@ -156,14 +159,14 @@ def _print_comparison(paths: list[Path], runs: "list[RolloutRun]", console: "Con
 
 
 def plot_runs(runs: "list[RolloutRun]", path: Path) -> None:
-    """Draw each run as one row of panels: speed by round, acceptance by position, draft lengths used."""
+    """Draw each run as one row of panels: speed by round, acceptance, draft lengths, and both over time."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, rows = pyplot.subplots(len(runs), 3, figsize=(13, 3.6 * len(runs)), squeeze=False, layout="constrained")
-    for (speed, acceptance, lengths), run in zip(rows, runs, strict=True):
+    figure, rows = pyplot.subplots(len(runs), 4, figsize=(17, 3.6 * len(runs)), squeeze=False, layout="constrained")
+    for (speed, acceptance, lengths, time), run in zip(rows, runs, strict=True):
         spec = run.spec()
         for mode in run.modes():
             items = run.of(mode)
@@ -194,5 +197,28 @@ def plot_runs(runs: "list[RolloutRun]", path: Path) -> None:
             ylim=(0, 1),
         )
         lengths.set_xticks(used)
+        _plot_timeline(time, run)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _plot_timeline(axes: Any, run: "RolloutRun") -> None:
+    """Draw the batch size of each mode over its last round, and the draft length between every two looks at it."""
+    for mode in run.modes():
+        moments = run.of(mode)[-1].timeline
+        seconds = [moment.seconds for moment in moments]
+        axes.step(seconds, [moment.running for moment in moments], where="post", color=_COLORS[mode], label=mode)
+    axes.set(title="last round over time", xlabel="seconds", ylabel="running requests (lines)")
+    axes.set_ylim(bottom=0)
+    if not run.of("selfspec"):
+        return
+    middles, drafted = [], []
+    moments = run.of("selfspec")[-1].timeline
+    for earlier, later in itertools.pairwise(moments):
+        if later.steps > earlier.steps:
+            middles.append((earlier.seconds + later.seconds) / 2)
+            drafted.append((later.draft_length_sum - earlier.draft_length_sum) / (later.steps - earlier.steps))
+    twin = axes.twinx()
+    twin.plot(middles, drafted, ".", color="#d62728")
+    twin.set_ylabel("draft length (dots)", color="#d62728")
+    twin.set_ylim(bottom=0)

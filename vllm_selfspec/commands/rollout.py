@@ -240,7 +240,7 @@ def _one_round(
 ) -> "Generator[dict[str, Any], None, Round]":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from vllm_selfspec.results import Round, SpecCounts
+    from vllm_selfspec.results import Moment, Round, SpecCounts
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     num_tokens = 0
@@ -269,6 +269,7 @@ def _one_round(
         num_samples=len(requests),
         num_tokens=num_tokens,
         spec=SpecCounts.model_validate(event["counters"]) if mode == "selfspec" else None,
+        timeline=[Moment.model_validate(moment) for moment in event["timeline"]],
     )
 
 

@@ -64,9 +64,13 @@ class LLM:
         return [SimpleNamespace(request_id=request_id, outputs=[completion])]
 
     def get_metrics(self):
+        running = SimpleNamespace(name="vllm:num_requests_running", value=len(self.waiting))
         if not self.speculates:
-            return []
+            return [running]
+        steps = {"num_draft_tokens": "3", "reason": "best"}
         return [
+            running,
+            SimpleNamespace(name="vllm:selfspec_steps", value=self.drafts, labels=steps),
             SimpleNamespace(name="vllm:spec_decode_num_drafts", value=self.drafts),
             SimpleNamespace(name="vllm:spec_decode_num_draft_tokens", value=3 * self.drafts),
             SimpleNamespace(name="vllm:spec_decode_num_accepted_tokens", value=2 * self.drafts),
