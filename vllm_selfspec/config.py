@@ -68,7 +68,7 @@ class ControlConfig(_Strict):
 
     mode: Literal["adaptive", "fixed", "off"] = Field("adaptive", description="who picks the draft length")
     profile: str = Field("auto", description="`auto` (measured at start-up, cached) or the path of a profile")
-    margin: float = Field(0.02, ge=0, le=1, description="relative gain a new draft length must promise over the last")
+    margin: float = Field(0.02, ge=0, lt=1, description="relative gain a new draft length must promise over the last")
     probe_interval: int = Field(256, ge=1, description="steps without drafting after which one probe may be made")
 
 
