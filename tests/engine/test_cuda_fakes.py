@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor import parameter
 from vllm.model_executor.kernels import linear
 from vllm.model_executor.kernels.linear import MPLinearKernel
 from vllm.model_executor.layers.quantization.utils import replace_parameter
 from vllm.model_executor.parameter import BasevLLMParameter, permute_param_layout_
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+from vllm.v1.worker.gpu import model_runner as v2_runner
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import TargetDependentARSpeculator
 
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.drafter import quantize_cuda
+from vllm_selfspec.drafter import speculator as speculator_module
 from vllm_selfspec.drafter.quantize_cuda import CudaLinear, default_cuda_precision, quantize_int4, usable_precisions
+from vllm_selfspec.drafter.runner import RUNNER_VARIABLE, choose_runner, every_draft_length
+from vllm_selfspec.plugin import register
 
 
 class PlainInt4Kernel(MPLinearKernel):
@@ -220,3 +234,324 @@ def test_the_checkpoint_layer_is_what_vllms_own_kernels_take(kernels: None) -> N
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     values = (((layer.weight_packed.unsqueeze(-1) >> shifts) & 15).reshape(64, 16) - 8) * layer.weight_scale.float()
     assert relative_error(values.t(), weight) < 0.13
+
+
+# Runner V2. The config is a real one; the model, the block tables and the attention metadata are stand-ins.
+
+BLOCK, MAX_LEN, MAX_DRAFTS = 4, 24, 3
+
+
+class Recorder(nn.Module):
+    """A drafter whose next token is the last one plus the position, and that notes what each forward pass saw."""
+
+    def __init__(self, speculator: Any) -> None:
+        super().__init__()
+        self.steps: list[dict[str, list[int]]] = []
+        self._speculator = (speculator,)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        buffers, tables = self._speculator[0].input_buffers, self._speculator[0].block_tables
+        self.steps.append(
+            {
+                "tokens": input_ids.tolist(),
+                "positions": positions.tolist(),
+                "seq_lens": buffers.seq_lens.tolist(),
+                "slots": tables.slot_mappings[0].tolist(),
+                "query_start_loc": buffers.query_start_loc.tolist(),
+            }
+        )
+        return (input_ids + positions).float().unsqueeze(1)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.one_hot(hidden[:, 0].long() % 256, 256).to(torch.bfloat16)
+
+
+def fake_block_tables(rows: list[list[int]], max_num_reqs: int) -> SimpleNamespace:
+    """The block tables of a batch. Past the allocated blocks a row keeps other requests' ids, as vLLM's do."""
+    table = torch.full((max_num_reqs, MAX_LEN // BLOCK), 99, dtype=torch.int32)
+    for row, blocks in enumerate(rows):
+        table[row, : len(blocks)] = torch.tensor(blocks)
+    counts = torch.zeros(1, max_num_reqs, dtype=torch.int32)
+    return SimpleNamespace(
+        input_block_tables=[table],
+        num_blocks=SimpleNamespace(gpu=counts),
+        block_sizes=[BLOCK],
+        slot_mappings=torch.full((1, 64), 77, dtype=torch.int64),
+        cp_size=1,
+    )
+
+
+@pytest.fixture
+def vllm_config(tiny: Callable[..., str]) -> VllmConfig:
+    register()
+    arguments = EngineArgs(
+        model=tiny(),
+        dtype="bfloat16",
+        max_model_len=MAX_LEN,
+        max_num_seqs=6,
+        max_num_batched_tokens=64,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        speculative_config={
+            "method": "selfspec",
+            "num_speculative_tokens": MAX_DRAFTS,
+            "drafter": {"weights": "native", "lm_head": "native"},
+            "control": {"mode": "fixed"},
+        },
+    )
+    return arguments.create_engine_config()
+
+
+@pytest.fixture
+def speculator(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
+    made = speculator_module.init_speculator(never_called, vllm_config, torch.device("cpu"), None)
+    made.model = Recorder(made)
+    made.attn_groups = []
+    made.kv_cache_config = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["layer"])])
+    made.builds = []
+    made.supports_decode_metadata_update = True
+    alone = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    monkeypatch.setattr("vllm.v1.worker.gpu.cudagraph_utils.get_pp_group", lambda: alone)
+    made.init_cudagraph_manager(CUDAGraphMode.NONE)
+
+    def build(desc: Any, num_reqs: int, queries: int, upper_bound: torch.Tensor, step: int) -> dict[str, Any]:
+        assert queries == 1
+        made.builds.append((num_reqs, step, made.draft_max_seq_len))
+        return {"layer": None}
+
+    def argmax(
+        logits: torch.Tensor, idx_mapping: torch.Tensor, *_: Any, logits_cache: Any, logits_cache_col: Any, **__: Any
+    ):
+        assert logits.dtype == logits_cache.dtype
+        for row, request in enumerate(idx_mapping.tolist()):
+            if request >= 0:
+                logits_cache[request, int(logits_cache_col)] = logits[row]
+        return logits.argmax(dim=-1)
+
+    monkeypatch.setattr(made, "_build_uniform_attn_metadata", build)
+    monkeypatch.setattr("vllm.v1.worker.gpu.spec_decode.speculator.gumbel_sample", argmax)
+    return made
+
+
+def never_called(*_: Any) -> None:
+    raise AssertionError("vLLM's own must not be asked")
+
+
+def propose(speculator: Any, batch: list[dict[str, Any]], **arguments: Any) -> torch.Tensor:
+    """One call of `propose` for requests given as state (index), last, seq_len, rejected, sampled, blocks."""
+    state = torch.tensor([request["state"] for request in batch])
+    speculator.block_tables = fake_block_tables([request["blocks"] for request in batch], speculator.max_num_reqs)
+    last = torch.zeros(speculator.max_num_reqs, 1, dtype=torch.int64)
+    for request in batch:
+        speculator.block_tables.num_blocks.gpu[0, request["state"]] = len(request["blocks"])
+        last[request["state"]] = request["last"]
+    seq_lens = torch.tensor([request["seq_len"] for request in batch], dtype=torch.int32)
+    input_batch = SimpleNamespace(
+        num_reqs=len(batch), idx_mapping=state, seq_lens=seq_lens, seq_lens_cpu_upper_bound=seq_lens
+    )
+    return speculator.propose(
+        input_batch,
+        {},
+        {},
+        torch.empty(0),
+        None,
+        torch.tensor([request.get("sampled", 1) for request in batch], dtype=torch.int32),
+        torch.tensor([request.get("rejected", 0) for request in batch], dtype=torch.int32),
+        last,
+        torch.empty(0),
+        torch.zeros(speculator.max_num_reqs),
+        torch.zeros(speculator.max_num_reqs, dtype=torch.int64),
+        **arguments,
+    )
+
+
+BATCH = [
+    {"state": 4, "last": 5, "seq_len": 8, "rejected": 2, "blocks": [10, 11, 12]},  # room for all drafts
+    {"state": 1, "last": 7, "seq_len": 7, "blocks": [20, 21]},  # one slot left in its last block
+    {"state": 0, "last": 9, "seq_len": 5, "sampled": 0, "blocks": [30, 31]},  # in the middle of its prompt
+    {"state": 2, "last": 3, "seq_len": 23, "blocks": [40, 41, 42, 43, 44, 45]},  # at max_model_len
+]
+
+
+def test_v2_drafts_continue_each_request_from_its_last_accepted_token(speculator: Any) -> None:
+    drafts = propose(speculator, BATCH)
+    assert drafts.shape == (4, MAX_DRAFTS)
+    token = 5
+    for step in range(MAX_DRAFTS):
+        seen = speculator.model.steps[step]
+        assert seen["tokens"][0] == token and seen["positions"][0] == 6 + step and seen["seq_lens"][0] == 7 + step
+        token += 6 + step
+        assert drafts[0, step] == token
+        assert speculator.draft_logits[4, step].argmax() == token  # what the rejection sampler will be given
+    assert speculator.model.steps[0]["query_start_loc"] == [0, 1, 2, 3, 4, 4, 4]
+
+
+def test_v2_writes_only_slots_allocated_to_the_request(speculator: Any) -> None:
+    """Stale block ids past the allocation once let a drafter write into another request's keys and values."""
+    propose(speculator, BATCH)
+    slots = [seen["slots"][:4] for seen in speculator.model.steps]
+    assert [row[0] for row in slots] == [11 * 4 + 2, 11 * 4 + 3, 12 * 4]
+    assert [row[1] for row in slots] == [21 * 4 + 3, -1, -1]
+    assert [row[2] for row in slots] == [-1, -1, -1]
+    assert [row[3] for row in slots] == [45 * 4 + 3, -1, -1]
+    for seen in speculator.model.steps:
+        assert max(seen["positions"]) < MAX_LEN and max(seen["seq_lens"]) <= MAX_LEN
+        assert all(length >= 1 for length in seen["seq_lens"][:4]) and seen["seq_lens"][4:] == [0, 0]
+
+
+@pytest.mark.parametrize("gamma", [1, 2, 3])
+def test_v2_follows_the_draft_length_of_the_step(speculator: Any, gamma: int) -> None:
+    propose(speculator, BATCH, num_speculative_tokens=3)
+    speculator.model.steps.clear()
+    drafts = propose(speculator, BATCH, num_speculative_tokens=gamma)
+    assert len(speculator.model.steps) == gamma
+    assert drafts[0, :gamma].tolist() == [11, 18, 26][:gamma]
+
+
+def test_v2_without_drafts_touches_nothing(speculator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_begin", "_copy_request_inputs", "_place", "_forward_and_sample", "_build_uniform_batch_dp_sync"):
+        monkeypatch.setattr(speculator, name, never_called)
+    monkeypatch.setattr(speculator._tap, "refresh", never_called)
+    assert propose(speculator, BATCH, num_speculative_tokens=0).shape == (4, MAX_DRAFTS)
+    assert not speculator.model.steps
+
+
+def test_v2_dummy_runs_write_no_kv_and_keep_no_logits(speculator: Any) -> None:
+    speculator.draft_logits.fill_(-7)
+    propose(speculator, BATCH, dummy_run=True)
+    assert all(set(seen["slots"][:4]) == {-1} for seen in speculator.model.steps)
+    assert (speculator.draft_logits == -7).all()
+
+
+def test_v2_profile_run_needs_no_kv_cache_and_compiles_for_more_than_one_row(speculator: Any) -> None:
+    speculator._manager = None  # as before the KV cache is there
+    propose(speculator, BATCH[:1], dummy_run=True, skip_attn_for_dummy_run=True, is_profile=True)
+    assert [len(seen["tokens"]) for seen in speculator.model.steps] == [2] * MAX_DRAFTS
+    assert not speculator.builds
+
+
+@pytest.mark.parametrize(("updates", "builds"), [(True, [(4, 3, 24)]), (False, [(4, 1, 24), (4, 2, 24), (4, 3, 24)])])
+def test_v2_attention_metadata_is_built_once_where_the_backend_can_refresh_it(
+    speculator: Any, updates: bool, builds: list[tuple[int, int, int]]
+) -> None:
+    speculator.supports_decode_metadata_update = updates
+    propose(speculator, BATCH)
+    assert speculator.builds == builds
+
+
+def test_v2_replays_one_graph_per_draft(speculator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph is replaced by the very function that it would hold, with two rows of padding."""
+    desc = BatchExecutionDescriptor(cg_mode=CUDAGraphMode.FULL, num_tokens=6, num_reqs=6, uniform_token_count=1)
+    manager = SimpleNamespace(replays=0)
+
+    def replay(got: Any) -> None:
+        assert got is desc
+        manager.replays += 1
+        slots = {"layer": speculator.block_tables.slot_mappings[0]}
+        speculator._whole_step(6, 6, {"layer": None}, slots, None, CUDAGraphMode.NONE)
+
+    manager.run_fullgraph = replay
+    speculator._manager = manager
+    monkeypatch.setattr(speculator_module, "dispatch_cg_and_sync_dp", lambda *_, **__: (desc, None))
+    eager = propose(speculator, BATCH)[:4].clone()
+    assert manager.replays == MAX_DRAFTS and not speculator.builds
+    assert eager[0].tolist() == [11, 18, 26]
+    for seen in speculator.model.steps:
+        assert seen["slots"][4:6] == [-1, -1] and seen["seq_lens"][4:] == [0, 0]
+        assert seen["tokens"][4:6] == [0, 0]
+
+
+def test_v2_no_host_read_of_the_device_between_drafts(speculator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device a tensor has no values to read, so any read of one would raise."""
+    batch = SimpleNamespace(num_reqs=4, idx_mapping=torch.arange(4))
+    speculator.block_tables = fake_block_tables([request["blocks"] for request in BATCH], 6)
+    speculator._start, speculator._limit, speculator._step, speculator.idx_mapping = (
+        tensor.to("meta") for tensor in (speculator._start, speculator._limit, speculator._step, speculator.idx_mapping)
+    )
+    for name in ("input_ids", "positions", "seq_lens", "query_start_loc"):
+        setattr(speculator.input_buffers, name, getattr(speculator.input_buffers, name).to("meta"))
+    speculator.draft_tokens = speculator.draft_tokens.to("meta")
+    tables = speculator.block_tables
+    tables.input_block_tables = [tables.input_block_tables[0].to("meta")]
+    tables.slot_mappings = tables.slot_mappings.to("meta")
+    speculator.model = lambda input_ids, positions: torch.empty(len(input_ids), 8, device="meta")
+    monkeypatch.setattr(speculator, "sample_draft", lambda hidden, *_: hidden[:, 0].long())
+    speculator._run_without_graph(
+        BatchExecutionDescriptor(cg_mode=CUDAGraphMode.NONE, num_tokens=4, num_reqs=4),
+        batch.num_reqs,
+        MAX_DRAFTS,
+        torch.ones(4, dtype=torch.int32),
+        None,
+        skip_attn=False,
+    )
+    assert len(speculator.builds) == 1
+
+
+def test_v2_keeps_vllms_interface() -> None:
+    for name in (
+        "propose",
+        "set_attn",
+        "load_draft_model",
+        "init_cudagraph_manager",
+        "capture",
+        "compute_draft_logits",
+    ):
+        ours = inspect.signature(getattr(speculator_module.SelfDraftSpeculator, name)).parameters
+        theirs = inspect.signature(getattr(DraftModelSpeculator, name)).parameters
+        assert list(ours) == list(theirs), name
+    whole_step = inspect.signature(speculator_module.SelfDraftSpeculator._whole_step).parameters
+    captured = inspect.signature(TargetDependentARSpeculator._generate_draft).parameters
+    assert len(whole_step) == len(captured) and list(whole_step)[-1] == list(captured)[-1]
+    seam = inspect.signature(v2_runner.init_speculator).parameters
+    assert list(seam) == ["vllm_config", "device", "req_states"]
+
+
+def test_v2_leaves_other_configs_to_vllm(vllm_config: VllmConfig) -> None:
+    other = SimpleNamespace(speculative_config=None)
+    made = speculator_module.init_speculator(lambda *arguments: arguments, other, "device", "states")
+    assert made == (other, "device", "states")
+
+
+def test_v2_refuses_more_than_one_kv_cache_group(speculator: Any) -> None:
+    with pytest.raises(ConfigError, match="one KV-cache group"):
+        speculator.set_attn(None, SimpleNamespace(kv_cache_groups=[1, 2]), None, None, None)
+
+
+def test_v2_captures_graphs_only_where_metadata_can_be_refreshed(
+    speculator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = []
+    monkeypatch.setattr(
+        speculator_module,
+        "SpeculatorCudaGraphManager",
+        lambda config, device, mode, decode_query_len: modes.append(mode),
+    )
+    for updates, mode in (
+        (True, CUDAGraphMode.FULL_AND_PIECEWISE),
+        (False, CUDAGraphMode.FULL),
+        (True, CUDAGraphMode.PIECEWISE),
+    ):
+        speculator.supports_decode_metadata_update = updates
+        speculator.init_cudagraph_manager(mode)
+    assert modes == [CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.NONE, CUDAGraphMode.NONE]
+
+
+@pytest.mark.parametrize("most", [1, 3, 7])
+def test_the_table_of_draft_lengths_holds_every_length(most: int) -> None:
+    lookup = build_dynamic_sd_schedule_lookup(every_draft_length(most), 128, most)
+    assert set(lookup[1:]) == set(range(most + 1))
+
+
+@pytest.mark.parametrize(
+    ("asked", "cuda", "result"), [(None, True, "0"), ("1", True, "1"), ("0", True, "0"), (None, False, None)]
+)
+def test_runner_v1_is_chosen_on_cuda_unless_the_user_chose(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, cuda: bool, result: str | None
+) -> None:
+    from vllm.platforms import current_platform
+
+    monkeypatch.setenv(RUNNER_VARIABLE, "placeholder")
+    monkeypatch.delenv(RUNNER_VARIABLE) if asked is None else monkeypatch.setenv(RUNNER_VARIABLE, asked)
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: cuda)
+    choose_runner()
+    assert os.environ.get(RUNNER_VARIABLE) == result

@@ -83,7 +83,8 @@ class CudaLinear(QuantizedLinear):
             reason = " ".join(str(error).split())
             raise ConfigError(
                 f"drafter precision {precision} has no kernel for a weight of {weight.shape[0]} x {weight.shape[1]} on "
-                f"this GPU: set drafter.weights and drafter.lm_head to another precision or 'native' (vLLM says: {reason})"
+                "this GPU: set drafter.weights and drafter.lm_head to another precision or 'native' "
+                f"(vLLM says: {reason})"
             ) from None
         self._layer = self._processed(self._kernel, weight)
 
