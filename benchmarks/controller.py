@@ -1,0 +1,85 @@
+"""The adaptive controller against every fixed draft length and against no drafting, on one real engine.
+
+    eval "$(python -m vllm_selfspec.engine_env)"
+    python benchmarks/controller.py MODEL --out controller.json
+
+One engine in this process; before each round its controller is exchanged: never draft, always draft γ, adaptive. The
+rounds alternate, so a machine whose speed drifts treats all alike; figures are medians of the round-by-round ratios to
+"never draft". That is plain decoding with the plugin loaded: `vllm-selfspec rollout --control '{"mode": "off"}'`
+measures how far it is from vLLM without the flag.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+from vllm import LLM, SamplingParams
+
+from vllm_selfspec.control.policy import Controller, ControlSettings
+from vllm_selfspec.prompts import embedded_prompts
+from vllm_selfspec.provenance import provenance
+
+
+def main() -> None:
+    """Measure constant batches, then a rollout whose requests end at their own time."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--fixed", type=int, nargs="+", default=[1, 3, 5, 7])
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of each request in the constant batches")
+    parser.add_argument("--rollout-tokens", type=int, default=256, help="most tokens of a request in the rollout")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", default="controller.json")
+    args = parser.parse_args()
+
+    longest = max(args.fixed)
+    spec = {"method": "selfspec", "num_speculative_tokens": longest}
+    llm = LLM(args.model, speculative_config=spec, max_model_len=2048, max_num_seqs=16)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    adaptive = scheduler._controller
+    modes = {"off": Controller(ControlSettings(mode="off"))}
+    for gamma in args.fixed:
+        modes[f"fixed {gamma}"] = Controller(ControlSettings(max_draft_tokens=gamma, mode="fixed"))
+    modes["adaptive"] = adaptive
+    prompts = embedded_prompts()
+
+    def tokens_per_second(mode: str, batch: int, params: SamplingParams) -> float:
+        scheduler._controller = modes[mode]
+        chosen = [prompts[i % len(prompts)]["messages"] for i in range(batch)]
+        llm.reset_prefix_cache()
+        start = time.perf_counter()
+        outputs = llm.chat(chosen, params, use_tqdm=False)
+        return sum(len(o.outputs[0].token_ids) for o in outputs) / (time.perf_counter() - start)
+
+    def compare(label: str, batch: int, params: SamplingParams) -> dict[str, object]:
+        for mode in modes:  # warm up: first use of a shape
+            tokens_per_second(mode, batch, SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True))
+        rates: dict[str, list[float]] = {mode: [] for mode in modes}
+        for _ in range(args.rounds):
+            for mode in modes:
+                rates[mode].append(tokens_per_second(mode, batch, params))
+        ratios = {m: statistics.median(a / b for a, b in zip(r, rates["off"], strict=True)) for m, r in rates.items()}
+        print(
+            label,
+            {m: f"{statistics.median(rates[m]):.1f} tok/s {ratio:.2f}x" for m, ratio in ratios.items()},
+            flush=True,
+        )
+        return {"label": label, "batch": batch, "tokens_per_second": rates, "ratio_to_off": ratios}
+
+    params = SamplingParams(temperature=1.0, max_tokens=args.tokens, ignore_eos=True)
+    results = [compare(f"B={batch}", batch, params) for batch in args.batches]
+    natural = SamplingParams(temperature=1.0, max_tokens=args.rollout_tokens)
+    results.append(compare("rollout of 16, natural lengths", 16, natural))
+    chosen = {str(k): v for k, v in sorted(adaptive.draft_lengths.items())}
+    record = {"results": results, "adaptive_draft_lengths": chosen, "arguments": vars(args), **provenance()}
+    with open(args.out, "w") as out:
+        json.dump(record, out, indent=1)
+    print(json.dumps({r["label"]: r["ratio_to_off"] for r in results}))
+
+
+if __name__ == "__main__":
+    main()
