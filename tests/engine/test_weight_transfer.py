@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import ModuleSource
+from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
 from vllm_selfspec.compat import tied_lm_head
@@ -205,3 +212,60 @@ def test_a_checkpoint_can_be_a_folder_of_shards(swap: tuple[LLM, str, str, Any, 
     update(llm, folder)
     torch.testing.assert_close(all_logprobs(llm), want_new, rtol=0, atol=1e-5)
     update(llm, old)
+
+
+@contextlib.contextmanager
+def server(model: str, log: Path) -> Iterator[str]:
+    """vLLM's OpenAI-compatible server in a process of its own; yields its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    flags = f"--port {port} --skip-tokenizer-init --enforce-eager --dtype float32 --max-model-len 128 --block-size 32"
+    flags += " --kv-cache-memory-bytes 67108864 --served-model-name tiny --weight-transfer-config.backend " + BACKEND
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags.split()]
+    # The routes of the weight update belong to vLLM's development mode.
+    env = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        while True:
+            assert process.poll() is None, log.read_text()[-4000:]
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def completion(url: str) -> list[int]:
+    request = {"model": "tiny", "prompt": list(range(3, 43)), "temperature": 0, "max_tokens": 8}
+    request |= {"return_token_ids": True, "detokenize": False}
+    response = httpx.post(f"{url}/v1/completions", json=request, timeout=120)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["token_ids"]
+
+
+def test_a_real_trainer_updates_a_real_server(tiny: Callable[..., str], tmp_path: Path) -> None:
+    """The plugin registers the backend in the server's processes; vLLM's own HTTP client drives the protocol."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama_tied", seed=1))
+    prompt = torch.arange(3, 43)[None]
+    want = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=8)
+    with server(tiny("llama_tied"), tmp_path / "server.log") as url:
+        before = completion(url)
+        register_weight_transfer()
+        trainer = WeightTransferTrainerFactory.trainer_init(
+            FileTrainerInitInfo(str(tmp_path / "sent.safetensors"), rank=0),
+            client=HTTPVLLMWeightSyncClient(url),
+            source=ModuleSource(model),
+        )
+        trainer.send_weights("1")
+        httpx.post(f"{url}/reset_prefix_cache").raise_for_status()
+        after = completion(url)
+        assert httpx.get(f"{url}/weight_info").json() == {"weight_version": "1"}
+    assert after == want[0, 40:].tolist() != before
