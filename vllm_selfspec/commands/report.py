@@ -101,9 +101,9 @@ def _model_name(run: "RolloutRun") -> str:
 
 
 def shares_text(counts: Mapping[Any, int]) -> str:
-    """Return counts as shares, such as `0: 12% 4: 88%`."""
+    """Return counts as shares, such as `0: 12% 4: 88%`, to be broken between them only."""
     total = sum(counts.values())
-    return " ".join(f"{key}: {count / total:.0%}" for key, count in sorted(counts.items()) if count)
+    return " ".join(f"{key}:\N{NO-BREAK SPACE}{count / total:.0%}" for key, count in sorted(counts.items()) if count)
 
 
 def _rates(run: "RolloutRun") -> list[list[float]]:

@@ -43,7 +43,7 @@ def rollout(
     ] = None,
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="Samples per prompt.")] = 2,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of one sample.")] = 128,
-    batch: Annotated[int, typer.Option(min=1, help="Most samples generated at the same time (max_num_seqs).")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Most samples generated at the same time (max_num_seqs).")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="Passes over all prompts and samples in each mode.")] = 3,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the engines' random numbers.")] = 0,
