@@ -1,0 +1,636 @@
+"""Everything to be measured on one CUDA machine, in one command: correctness, component times, rollouts.
+
+    python benchmarks/gpu/run_all.py --out results                        # all stages, all shapes
+    python benchmarks/gpu/run_all.py --device cpu --tiny --out /tmp/dry   # the same code on a tiny model, in minutes
+    python benchmarks/gpu/run_all.py pack SITE_PACKAGES PIECES            # for a machine without vLLM, see docs/gpu.md
+
+Stages:
+    correctness  the engine tests on this device, and greedy decoding of real weights against plain decoding
+    sweep        T_T, T_D and T_V over batch, context and draft length, dummy weights of real shapes, as a CSV that
+                 `vllm-selfspec calibrate --from-sweep` reads
+    rollout      makespan of long-tailed rollouts with synthetic acceptance: plain, fixed draft lengths, adaptive
+
+Every engine runs in a process of its own. Results are written as they come (`results.json`, `sweep_*.csv`), so a run
+that is cut short keeps what it has. The last line on stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("correctness", "sweep", "rollout")
+COLUMNS = ("model", "batch", "seq", "gamma", "mode", "mean_ms", "median_ms", "std_ms", "min_ms", "max_ms", "n_samples")
+ENGINE_TESTS = ("test_kv_slots", "test_lossless_stress", "test_distribution", "test_families", "test_following_weights")
+PIECE_MIB = 48
+REPETITIONS = 5
+
+_LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+_QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2.5-7b": _QWEN
+    | {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+    },
+    "llama-3.1-8b": _LLAMA
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+    },
+    "qwen2.5-14b": _QWEN
+    | {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+    },
+    "tiny": _LLAMA
+    | {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+    },
+}
+
+EXTENSION_STUB = '''"""Stands for a compiled extension that is missing here: answers what vLLM asks on import."""
+import torch
+
+_library = torch.library.Library("_C", "FRAGMENT")
+for _name in ("fp8", "block_fp8", "fp4"):
+    try:
+        _library.define(f"cutlass_scaled_mm_supports_{_name}(int capability) -> bool")
+        _library.impl(f"cutlass_scaled_mm_supports_{_name}", lambda capability: False, "CompositeExplicitAutograd")
+    except RuntimeError:  # defined already by another stub
+        pass
+'''
+EXTENSIONS = ("_C", "_C_stable_libtorch", "_moe_C", "_moe_C_stable_libtorch")
+COMPILED_KERNELS = (
+    "CutlassW4A8LinearKernel,MacheteLinearKernel,MarlinLinearKernel,ConchLinearKernel,ExllamaLinearKernel,"
+    "HummingLinearKernel,CutlassInt8ScaledMMLinearKernel,CutlassFP8ScaledMMLinearKernel,MarlinFP8ScaledMMLinearKernel"
+)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--stages", type=_names(STAGES), default=list(STAGES), help=f"of {', '.join(STAGES)}")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and a small grid, to try the script")
+    shapes = [name for name in SHAPES if name != "tiny"]
+    parser.add_argument("--models", type=_names(shapes), default=shapes, help=f"of {', '.join(shapes)}")
+    parser.add_argument("--batches", type=_numbers, default=[1, 2, 4, 8, 16, 32, 64, 128])
+    parser.add_argument("--seqs", type=_numbers, default=[256, 1024, 2048, 4096, 8192])
+    parser.add_argument("--gammas", type=_numbers, default=[1, 3, 5, 7, 11, 15])
+    parser.add_argument("--weights", default=None, help="drafter.weights, the platform's default when left out")
+    parser.add_argument("--lm-head", default=None, help="drafter.lm_head, the platform's default when left out")
+    parser.add_argument("--acceptance", type=_rates, default=[0.93, 0.98], help="synthetic, per drafted token")
+    parser.add_argument("--requests", type=int, default=128, help="requests of a rollout")
+    parser.add_argument("--longest", type=int, default=8192, help="most tokens of a rollout's answer")
+    parser.add_argument("--rounds", type=int, default=2, help="rollouts per engine")
+    parser.add_argument("--checkpoint", help="small real weights for the greedy comparison")
+    parser.add_argument("--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner")
+    parser.add_argument("--minutes", type=float, default=25, help="no new engine is started after this long")
+    parser.add_argument("--bare", type=Path, help="folder made by `pack` and unpacked here: vLLM without extensions")
+    options = parser.parse_args(argv)
+    if options.tiny:
+        options.models, options.batches, options.seqs, options.gammas = ["tiny"], [1, 2], [32, 64], [1, 3]
+        options.requests, options.longest, options.rounds = 4, 48, 1
+    if options.device == "cpu" and not options.tiny:
+        parser.error("--device cpu is for trying the script: add --tiny")
+    return options
+
+
+def _names(known: Sequence[str]) -> Any:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = sorted({int(part) for part in text.split(",")})
+    if not numbers or numbers[0] < 1:
+        raise argparse.ArgumentTypeError("give whole numbers from 1 up, like 1,4,16")
+    return numbers
+
+
+def _rates(text: str) -> list[float]:
+    rates = [float(part) for part in text.split(",")]
+    if not all(0 < rate <= 1 for rate in rates):
+        raise argparse.ArgumentTypeError("give rates above 0 and up to 1, like 0.93,0.98")
+    return rates
+
+
+def write_shape(name: str, folder: Path) -> Path:
+    """A checkpoint folder with a config and no weights, for vLLM's `load_format: dummy`."""
+    path = folder / name
+    path.mkdir(parents=True, exist_ok=True)
+    config = SHAPES[name] | {"torch_dtype": "bfloat16", "tie_word_embeddings": False, "bos_token_id": 0}
+    (path / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}, indent=2))
+    return path
+
+
+def parameter_bytes(shape: dict[str, Any], bytes_per_weight: float = 2) -> float:
+    """Bytes that one forward pass reads of the linear layers and the LM head."""
+    hidden, heads, kv_heads = shape["hidden_size"], shape["num_attention_heads"], shape["num_key_value_heads"]
+    head_dim = hidden // heads
+    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
+    layer = attention + 3 * hidden * shape["intermediate_size"]
+    return bytes_per_weight * (shape["num_hidden_layers"] * layer + hidden * shape["vocab_size"])
+
+
+def answer_lengths(count: int, longest: int, seed: int = 0) -> list[int]:
+    """Long-tailed answer lengths: log-normal with a median at an eighth of `longest`, cut there."""
+    dice = random.Random(seed)
+    return [max(1, min(longest, round(dice.lognormvariate(math.log(longest / 8), 1.0)))) for _ in range(count)]
+
+
+def summarize(seconds: Sequence[float]) -> dict[str, float]:
+    """The time columns of one row of the sweep."""
+    milliseconds = [1e3 * value for value in seconds]
+    return {
+        "mean_ms": statistics.fmean(milliseconds),
+        "median_ms": statistics.median(milliseconds),
+        "std_ms": statistics.pstdev(milliseconds),
+        "min_ms": min(milliseconds),
+        "max_ms": max(milliseconds),
+        "n_samples": len(milliseconds),
+    }
+
+
+def sweep_rows(model: str, batch: int, steps: Iterable[dict[str, float]]) -> list[dict[str, Any]]:
+    """Rows of the sweep from steps of one batch and context length.
+
+    Args:
+        steps: with `seconds`, `num_verified` and `num_drafted` per request, and `mean_context`, of steps that decoded
+            the whole batch and nothing else. A step that only drafts γ takes T_T + γ·T_D.
+    """
+    seconds: dict[tuple[int, int], list[float]] = defaultdict(list)
+    contexts = []
+    for step in steps:
+        seconds[int(step["num_verified"]), int(step["num_drafted"])].append(step["seconds"])
+        contexts.append(step["mean_context"])
+    if (0, 0) not in seconds:
+        return []
+    plain = statistics.median(seconds[0, 0])
+    place = {"model": model, "batch": batch, "seq": round(statistics.fmean(contexts))}
+    rows = []
+    for (verified, drafted), values in sorted(seconds.items()):
+        if not drafted:
+            mode = "target_verify" if verified else "target_decode"
+            rows.append(place | {"gamma": verified, "mode": mode} | summarize(values))
+        elif not verified:
+            drafts = [max(0.0, value - plain) / drafted for value in values]
+            rows.append(place | {"gamma": drafted, "mode": "drafter_decode"} | summarize(drafts))
+    return rows
+
+
+def first_difference(plain: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None:
+    """Where two greedy outputs part, and how near the plain engine's two best tokens were there.
+
+    Args:
+        plain: `tokens`, and `gaps`: difference of the two best log-probabilities at each of them.
+        other: `tokens`.
+    """
+    for place, (one, two) in enumerate(zip(plain["tokens"], other["tokens"], strict=False)):
+        if one != two:
+            return {"place": place, "plain": one, "other": two, "gap": plain["gaps"][place]}
+    return None
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The sweep so far, whole, in place of what was there."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
+
+
+class Run:
+    """One run of the script: its options, its results so far, and its engines."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        sys.path.insert(0, str(ROOT))
+        from vllm_selfspec.provenance import provenance
+
+        self.options = options
+        self.deadline = time.monotonic() + 60 * options.minutes
+        options.out.mkdir(parents=True, exist_ok=True)
+        self.scratch = Path(tempfile.mkdtemp(prefix="selfspec-gpu-"))
+        self.results: dict[str, Any] = {
+            "provenance": provenance() | {"command": " ".join(sys.argv)},
+            "options": {name: str(value) for name, value in vars(options).items()},
+            "jobs": [],
+        }
+
+    def save(self) -> None:
+        (self.options.out / "results.json").write_text(json.dumps(self.results, indent=1))
+
+    def job(self, kind: str, **arguments: Any) -> dict[str, Any]:
+        """Run one engine in a process of its own; its result, or why there is none, is recorded."""
+        name = " ".join([kind, *(f"{key}={value}" for key, value in arguments.items() if key != "prompts")])
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            result = {"error": "not run: --minutes are over"}
+        else:
+            print(f"[{time.strftime('%H:%M:%S')}] {name[:160]}", file=sys.stderr, flush=True)
+            answer = self.scratch / f"{len(self.results['jobs'])}.json"
+            request = {"kind": kind, "answer": str(answer), "options": self._plain_options(), **arguments}
+            log = self.options.out / f"job_{len(self.results['jobs']):02d}_{kind}.log"
+            with log.open("w") as output:
+                code = subprocess.run(
+                    [sys.executable, "-P", str(Path(__file__).resolve()), "job", json.dumps(request)],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment(),
+                    check=False,
+                ).returncode
+            done = code == 0 and answer.exists()
+            result = json.loads(answer.read_text()) if done else {"error": f"exit code {code}, see {log.name}"}
+        self.results["jobs"].append({"kind": kind, "name": name, **result})
+        self.save()
+        if "error" in result:
+            print(f"    {result['error']}", file=sys.stderr, flush=True)
+        return result
+
+    def _plain_options(self) -> dict[str, Any]:
+        return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.options).items()}
+
+    def _environment(self) -> dict[str, str]:
+        environment = dict(os.environ)
+        paths = [str(ROOT), environment.get("PYTHONPATH", "")]
+        if self.options.bare is not None:
+            paths.insert(0, str(self.options.bare))
+            environment["VLLM_DISABLED_KERNELS"] = COMPILED_KERNELS
+            environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the sweep dictates draft lengths to the scheduler
+        environment["HF_HUB_OFFLINE"] = "1"
+        if self.options.device == "cuda":
+            environment["VLLM_USE_V2_MODEL_RUNNER"] = "1" if self.options.runner == "v2" else "0"
+            return environment
+        from vllm_selfspec.engine_env import engine_environment
+
+        return environment | engine_environment(environment) | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+
+    def correctness(self) -> None:
+        self.job("tests", names=list(ENGINE_TESTS[:1] if self.options.tiny else ENGINE_TESTS))
+        checkpoint = self.options.checkpoint
+        if checkpoint is None:
+            self.results["greedy"] = "not run: give small real weights with --checkpoint"
+            return
+        plain = self.job("greedy", model=checkpoint, selfspec=None)
+        for weights in ("native", "int8", "int4", "fp8"):
+            drafter = {"weights": weights, "lm_head": "native"} | ({"skip_layers": [1]} if weights == "native" else {})
+            other = self.job("greedy", model=checkpoint, selfspec={"drafter": drafter})
+            if "outputs" not in plain or "outputs" not in other:
+                continue
+            pairs = zip(plain["outputs"], other["outputs"], strict=True)
+            differences = [first_difference(one, two) for one, two in pairs]
+            found = [difference for difference in differences if difference is not None]
+            # On a GPU another batch shape rounds differently, so near-ties may fall either way.
+            unexplained = [difference for difference in found if difference["gap"] > 1e-3]
+            verdict = {"drafter": drafter, "compared": len(differences), "differ": found, "unexplained": unexplained}
+            self.results.setdefault("greedy", []).append(verdict)
+            self.save()
+
+    def sweep(self) -> None:
+        for model in self.options.models:
+            rows: list[dict[str, Any]] = []
+            for gamma in self.options.gammas:
+                rows += self.job("sweep", shape=model, gamma=gamma).get("rows", [])
+                write_csv(self.options.out / f"sweep_{model}.csv", rows)
+
+    def rollout(self) -> None:
+        shape = self.options.models[0]
+        plain = self.job("rollout", shape=shape, selfspec=None, acceptance=None)
+        for acceptance in self.options.acceptance:
+            for control in ({"mode": "adaptive"}, *({"mode": "fixed", "gamma": g} for g in self.options.gammas)):
+                gamma = control.pop("gamma", max(self.options.gammas))
+                selfspec = {"num_speculative_tokens": gamma, "control": control}
+                result = self.job("rollout", shape=shape, selfspec=selfspec, acceptance=acceptance)
+                if "error" not in plain and "error" not in result:
+                    ratio = plain["median_seconds"] / result["median_seconds"]
+                    entry = {"acceptance": acceptance, "gamma": gamma, "control": control, "speedup": ratio}
+                    self.results.setdefault("rollout", []).append(entry)
+                    self.save()
+
+
+# What follows runs in the engine's process.
+
+
+def build_engine(options: dict[str, Any], model: str, selfspec: dict[str, Any] | None, **arguments: Any) -> Any:
+    """An in-process `LLM`, with the drafter that the options name."""
+    from vllm import LLM
+
+    defaults: dict[str, Any] = {"skip_tokenizer_init": True, "generation_config": "vllm", "disable_log_stats": False}
+    if options["device"] == "cpu":
+        defaults |= {"block_size": 32, "enforce_eager": True}
+    if options["bare"] is not None:
+        defaults |= {"attention_backend": "TRITON_ATTN", "compilation_config": {"custom_ops": ["none"]}}
+    if selfspec is not None:
+        drafter = {"weights": options["weights"], "lm_head": options["lm_head"]} | selfspec.get("drafter", {})
+        defaults["speculative_config"] = {"method": "selfspec"} | selfspec | {"drafter": drafter}
+    return LLM(model, **(defaults | arguments))
+
+
+def use_synthetic_acceptance(rate: float) -> None:
+    """From here on engines accept each drafted token with probability `rate`, whatever the model says."""
+    from vllm_selfspec import speculative_config
+
+    build = speculative_config.build
+
+    def synthetic(*args: Any, **kwargs: Any) -> Any:
+        config = build(*args, **kwargs)
+        config.rejection_sample_method = "synthetic"
+        config.synthetic_acceptance_rates = [rate ** (place + 1) for place in range(config.num_speculative_tokens)]
+        return config
+
+    speculative_config.build = synthetic
+
+
+def tests_job(request: dict[str, Any]) -> dict[str, Any]:
+    """The project's engine tests, on this machine's device."""
+    folder = ROOT / "tests" / "engine"
+    files = [str(folder / f"{name}.py") for name in request["names"] if (folder / f"{name}.py").exists()]
+    report = Path(request["answer"]).with_suffix(".xml")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *files]
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    from xml.etree import ElementTree
+
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    return {"files": [Path(file).name for file in files], **counts, "failed": failed, "exit_code": code}
+
+
+def greedy_job(request: dict[str, Any]) -> dict[str, Any]:
+    """Greedy continuations in float32 of random token prompts, of different lengths and all at once."""
+    from vllm import SamplingParams
+
+    from vllm_selfspec.config import ConfigError
+
+    try:
+        engine = build_engine(
+            request["options"],
+            request["model"],
+            request["selfspec"],
+            dtype="float32",
+            max_model_len=512,
+            max_num_seqs=16,
+        )
+    except ConfigError as error:
+        return {"refused": str(error)}
+    dice = random.Random(0)
+    prompts = [{"prompt_token_ids": [dice.randrange(100, 400) for _ in range(8 + 5 * row)]} for row in range(16)]
+    tokens = 32 if request["options"]["tiny"] else 128
+    logprobs = None if request["selfspec"] else 2
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=logprobs, detokenize=False)
+    outputs = []
+    for output in engine.generate(prompts, params, use_tqdm=False):
+        best = output.outputs[0]
+        entry: dict[str, Any] = {"tokens": list(best.token_ids)}
+        if best.logprobs is not None:
+            ranked = [sorted((entry.logprob for entry in place.values()), reverse=True) for place in best.logprobs]
+            entry["gaps"] = [values[0] - values[1] for values in ranked]
+        outputs.append(entry)
+    return {"outputs": outputs}
+
+
+def sweep_job(request: dict[str, Any]) -> dict[str, Any]:
+    """Times of every batch and context of the grid that fits, at one draft length."""
+    from vllm_selfspec.live_profile import profile_identity
+
+    options, gamma = request["options"], request["gamma"]
+    longest = max(options["seqs"]) + 2 + REPETITIONS * 2 * (gamma + 2)
+    control = {"mode": "fixed"}
+    with tempfile.TemporaryDirectory() as folder:
+        engine = build_engine(
+            options,
+            str(write_shape(request["shape"], Path(folder))),
+            {"num_speculative_tokens": gamma, "control": control},
+            load_format="dummy",
+            max_model_len=longest,
+            max_num_seqs=max(options["batches"]),
+            enable_prefix_caching=False,
+            async_scheduling=False,
+        )
+        core = engine.llm_engine.engine_core.engine_core
+        config = core.vllm_config
+        capacity = config.cache_config.num_gpu_blocks * config.cache_config.block_size
+        rows: list[dict[str, Any]] = []
+        skipped = []
+        for batch in options["batches"]:
+            for seq in options["seqs"]:
+                if batch * (longest - max(options["seqs"]) + seq) > capacity:
+                    skipped.append([batch, seq])
+                    continue
+                measured = sweep_rows(request["shape"], batch, measure_steps(core, batch, seq, gamma))
+                # T_T belongs to every draft length's engine; one copy of it is enough.
+                rows += [row for row in measured if row["gamma"] or gamma == min(options["gammas"])]
+        identity = profile_identity(config, config.speculative_config.selfspec)
+    return {"rows": rows, "skipped_for_memory": skipped, "identity": vars(identity)}
+
+
+def measure_steps(core: Any, batch: int, seq: int, gamma: int) -> list[dict[str, float]]:
+    """Steps of `batch` requests with contexts of about `seq` tokens: plain, drafting, verifying, in turn."""
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+    plan = [0, 0, gamma, 0] * REPETITIONS
+    dice = random.Random(seq * 1000 + batch)
+    vocabulary = core.vllm_config.model_config.get_vocab_size()
+    names = [f"sweep-{batch}-{seq}-{row}" for row in range(batch)]
+    for name in names:
+        request = EngineCoreRequest(
+            request_id=name,
+            prompt_token_ids=[dice.randrange(1, vocabulary) for _ in range(seq)],
+            mm_features=None,
+            sampling_params=SamplingParams(temperature=1.0, max_tokens=len(plan) * (gamma + 2), ignore_eos=True),
+            pooling_params=None,
+            arrival_time=time.time(),
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+        )
+        core.add_request(*core.preprocess_add_request(request))
+    observations: list[Any] = []
+    with core.scheduler.dictated(observations) as dictate:
+
+        def step(length: int) -> None:
+            dictate(length)
+            core.post_step(core.step_fn()[1])
+
+        while core.scheduler.waiting or not all(
+            request.num_computed_tokens >= request.num_prompt_tokens for request in core.scheduler.running
+        ):
+            step(0)
+        for length in [0, 0, *plan]:
+            step(length)
+        dictate(0)
+        core.abort_requests(names)
+        while core.scheduler.has_requests():
+            core.post_step(core.step_fn()[1])
+    return [
+        {
+            "seconds": seen.seconds,
+            "num_verified": seen.num_verified,
+            "num_drafted": seen.num_drafted,
+            "mean_context": seen.mean_context,
+        }
+        for seen in observations
+        if seen.num_decode == batch and seen.prefill_tokens == 0 and seen.num_verified == int(seen.num_verified)
+    ][2:]
+
+
+def rollout_job(request: dict[str, Any]) -> dict[str, Any]:
+    """Makespan of a rollout whose answers have given, long-tailed lengths."""
+    from vllm import SamplingParams
+
+    options = request["options"]
+    synthetic = request["acceptance"] is not None and options["device"] == "cuda"
+    if synthetic:  # vLLM has no synthetic sampler on CPU
+        use_synthetic_acceptance(request["acceptance"])
+    lengths = answer_lengths(options["requests"], options["longest"])
+    prompt = 16 if options["tiny"] else 256
+    with tempfile.TemporaryDirectory() as folder:
+        engine = build_engine(
+            options,
+            str(write_shape(request["shape"], Path(folder))),
+            request["selfspec"],
+            load_format="dummy",
+            max_model_len=prompt + options["longest"] + 64,
+            max_num_seqs=options["requests"],
+            enable_prefix_caching=False,
+        )
+        dice = random.Random(1)
+        vocabulary = engine.llm_engine.model_config.get_vocab_size()
+        prompts = [{"prompt_token_ids": [dice.randrange(1, vocabulary) for _ in range(prompt)]} for _ in lengths]
+
+        def rollout(tokens: Sequence[int]) -> float:
+            params = [SamplingParams(temperature=1, max_tokens=n, ignore_eos=True, detokenize=False) for n in tokens]
+            start = time.perf_counter()
+            outputs = engine.generate(prompts, params, use_tqdm=False)
+            seconds = time.perf_counter() - start
+            got = [len(output.outputs[0].token_ids) for output in outputs]
+            assert got == list(tokens), "an answer has another length than asked for"
+            return seconds
+
+        rollout([min(16, length) for length in lengths])  # warm-up
+        seconds = [rollout(lengths) for _ in range(options["rounds"])]
+    return {
+        "synthetic_acceptance": request["acceptance"] if synthetic else None,
+        "tokens": sum(lengths),
+        "seconds": seconds,
+        "median_seconds": statistics.median(seconds),
+        "tokens_per_second": sum(lengths) / statistics.median(seconds),
+        "target_bytes_per_step": parameter_bytes(SHAPES[request["shape"]]),
+    }
+
+
+JOBS = {"tests": tests_job, "greedy": greedy_job, "sweep": sweep_job, "rollout": rollout_job}
+
+
+def pack(site_packages: Path, pieces: Path, piece_mib: float = PIECE_MIB) -> list[Path]:
+    """vLLM's Python files, its metadata and stubs for its extensions as one zip, cut into pieces that can be sent.
+
+    `cat PIECES/vllm.zip.* >vllm.zip && python -m zipfile -e vllm.zip FOLDER` puts them together again.
+    """
+    pieces.mkdir(parents=True, exist_ok=True)
+    metadata = sorted(site_packages.glob("vllm-*.dist-info"))
+    if not (site_packages / "vllm").is_dir() or not metadata:
+        raise SystemExit(
+            f"{site_packages} holds no vllm with its dist-info: give the folder of an unpacked vllm wheel."
+        )
+    whole = pieces / "vllm.zip"
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:
+        for folder in (site_packages / "vllm", *metadata):
+            for path in sorted(folder.rglob("*")):
+                if path.is_file() and ".so" not in path.suffixes and "__pycache__" not in path.parts:
+                    archive.write(path, path.relative_to(site_packages))
+        for name in EXTENSIONS:
+            archive.writestr(f"vllm/{name}.py", EXTENSION_STUB)
+    size = int(piece_mib * 2**20)
+    content = whole.read_bytes()
+    whole.unlink()
+    parts = []
+    for number, start in enumerate(range(0, len(content), size)):
+        part = pieces / f"vllm.zip.{number:02d}"
+        part.write_bytes(content[start : start + size])
+        parts.append(part)
+    return parts
+
+
+def main(argv: Sequence[str]) -> int:
+    if argv[:1] == ["job"]:
+        sys.path.insert(0, str(ROOT))
+        request = json.loads(argv[1])
+        answer = JOBS[request["kind"]](request)
+        Path(request["answer"]).write_text(json.dumps(answer))
+        return 0
+    if argv[:1] == ["pack"]:
+        if len(argv) != 3:
+            raise SystemExit("usage: run_all.py pack SITE_PACKAGES PIECES")
+        print(json.dumps([str(part) for part in pack(Path(argv[1]), Path(argv[2]))]))
+        return 0
+    run = Run(parse_arguments(argv))
+    for stage in run.options.stages:
+        getattr(run, stage)()
+    run.save()
+    failed = [job["name"] for job in run.results["jobs"] if "error" in job or job.get("exit_code")]
+    summary = {"jobs": len(run.results["jobs"]), "failed": failed, "results": str(run.options.out / "results.json")}
+    print(json.dumps(summary | {"rollout": run.results.get("rollout", [])}))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
