@@ -485,7 +485,8 @@ class DummyWorker(Worker):
         self._seconds_per_token = seconds_per_token
         self._max_model_len = max_model_len
         self._refuse_versions = set(refuse_versions)
-        self._timers: dict[SampleKey, asyncio.Handle] = {}
+        self._timers: dict[SampleKey, asyncio.TimerHandle] = {}
+        self._at_once: list[_Task] = []
         self.loaded: list[tuple[str, int]] = []
 
     async def start(self) -> WorkerInfo:
@@ -510,8 +511,17 @@ class DummyWorker(Worker):
 
     def _begin(self, task: _Task) -> None:
         loop, delay = asyncio.get_running_loop(), self._length(task.key) * self._seconds_per_token
-        later = loop.call_later(delay, self._emit, task) if delay else loop.call_soon(self._emit, task)
-        self._timers[task.key] = later
+        if delay:
+            self._timers[task.key] = loop.call_later(delay, self._emit, task)
+            return
+        if not self._at_once:
+            loop.call_soon(self._emit_at_once)
+        self._at_once.append(task)
+
+    def _emit_at_once(self) -> None:
+        tasks, self._at_once = self._at_once, []
+        for task in tasks:
+            self._emit(task)
 
     def _cancel(self, key: SampleKey) -> None:
         timer = self._timers.pop(key, None)
@@ -525,6 +535,8 @@ class DummyWorker(Worker):
         self.loaded.append((path, version))
 
     def _emit(self, task: _Task) -> None:
+        if task.key not in self._running:
+            return
         self._timers.pop(task.key, None)
         count = min(self._length(task.key), task.request.sampling_params.get("max_tokens", 16))
         self._counters["generated_tokens"] += count
