@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import json
 import os
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +32,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import TargetDependentARSpeculator
 
 from vllm_selfspec.config import ConfigError
+from vllm_selfspec.control.calibrate import read_sweep
 from vllm_selfspec.drafter import quantize_cuda
 from vllm_selfspec.drafter import speculator as speculator_module
 from vllm_selfspec.drafter.quantize_cuda import CudaLinear, default_cuda_precision, quantize_int4, usable_precisions
@@ -555,3 +562,100 @@ def test_runner_v1_is_chosen_on_cuda_unless_the_user_chose(
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: cuda)
     choose_runner()
     assert os.environ.get(RUNNER_VARIABLE) == result
+
+
+# benchmarks/gpu/run_all.py: what of it needs neither a GPU nor an engine.
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    path = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run_all.py"
+    spec = importlib.util.spec_from_file_location("gpu_run_all", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_shapes_have_their_models_sizes(script: Any, tmp_path: Path) -> None:
+    published = {
+        "qwen2.5-7b": 7.615e9,
+        "llama-3.1-8b": 8.030e9,
+        "qwen2.5-14b": 14.770e9,
+    }  # parameters, embedding included
+    for name, parameters in published.items():
+        shape = json.loads((script.write_shape(name, tmp_path) / "config.json").read_text())
+        embedding = shape["vocab_size"] * shape["hidden_size"]
+        assert script.parameter_bytes(shape, 1) + embedding == pytest.approx(parameters, rel=0.001)
+
+
+def test_component_times_are_told_apart(script: Any, tmp_path: Path) -> None:
+    target, draft, verify = 0.010, 0.004, 0.012
+
+    def step(verified: int, drafted: int, seconds: float) -> dict[str, float]:
+        return {"num_verified": verified, "num_drafted": drafted, "seconds": seconds, "mean_context": 100}
+
+    steps = [step(0, 0, target), step(0, 0, target), step(0, 3, target + 3 * draft), step(3, 0, verify)]
+    rows = script.sweep_rows("tiny", 2, [*steps, step(3, 3, verify + 3 * draft)])
+    found = {row["mode"]: (row["gamma"], row["median_ms"]) for row in rows}
+    assert found == {
+        "target_decode": (0, pytest.approx(10)),
+        "drafter_decode": (3, pytest.approx(4)),
+        "target_verify": (3, pytest.approx(12)),
+    }
+    script.write_csv(tmp_path / "sweep.csv", rows)
+    points, model = read_sweep(tmp_path / "sweep.csv")
+    assert model == "tiny" and sorted(point.component for point in points) == ["draft", "target", "verify"]
+    header = (tmp_path / "sweep.csv").read_text().splitlines()[0]
+    assert header == "model,batch,seq,gamma,mode,mean_ms,median_ms,std_ms,min_ms,max_ms,n_samples"
+
+
+def test_a_batch_that_was_never_decoded_plainly_gives_no_rows(script: Any) -> None:
+    only = {"num_verified": 0, "num_drafted": 3, "seconds": 1.0, "mean_context": 9}
+    assert script.sweep_rows("tiny", 1, [only]) == []
+
+
+def test_answer_lengths_have_a_long_tail(script: Any) -> None:
+    lengths = script.answer_lengths(1000, 8192)
+    assert max(lengths) == 8192 and min(lengths) >= 1
+    assert 900 < sorted(lengths)[500] < 1150
+    assert lengths == script.answer_lengths(1000, 8192)
+
+
+def test_first_difference_tells_how_near_a_tie_was(script: Any) -> None:
+    plain = {"tokens": [1, 2, 3], "gaps": [0.5, 1e-5, 0.5]}
+    assert script.first_difference(plain, {"tokens": [1, 2, 3]}) is None
+    found = script.first_difference(plain, {"tokens": [1, 9, 3]})
+    assert found == {"place": 1, "plain": 2, "other": 9, "gap": 1e-5}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--gammas", "0"], ["--stages", "nothing"], ["--models", "gpt"], ["--acceptance", "1.5"], ["--device", "cpu"]],
+)
+def test_wrong_options_are_refused(script: Any, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        script.parse_arguments(["--out", "x", *argv])
+    assert caught.value.code == 2 and argv[0].lstrip("-") in capsys.readouterr().err
+
+
+def test_vllm_is_packed_without_its_extensions(script: Any, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    (site / "vllm" / "inner").mkdir(parents=True)
+    (site / "vllm-0.32.0.dist-info").mkdir()
+    (site / "vllm" / "inner" / "module.py").write_text("x = 1\n" * 5000 + "# " + os.urandom(4000).hex())
+    (site / "vllm" / "_C.abi3.so").write_bytes(b"compiled")
+    (site / "vllm-0.32.0.dist-info" / "METADATA").write_text("Name: vllm\n")
+    parts = script.pack(site, tmp_path / "pieces", piece_mib=0.002)
+    assert len(parts) > 1 and all(part.stat().st_size <= 0.002 * 2**20 for part in parts)
+    (tmp_path / "vllm.zip").write_bytes(b"".join(part.read_bytes() for part in parts))
+    with zipfile.ZipFile(tmp_path / "vllm.zip") as archive:
+        names = set(archive.namelist())
+    assert {"vllm/inner/module.py", "vllm-0.32.0.dist-info/METADATA", "vllm/_C_stable_libtorch.py"} <= names
+    assert not any(name.endswith(".so") for name in names)
+
+
+def test_the_extension_stub_answers_what_vllm_asks_on_import(script: Any) -> None:
+    code = script.EXTENSION_STUB + "\nprint([torch.ops._C.cutlass_scaled_mm_supports_fp8(90)])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[False]"
