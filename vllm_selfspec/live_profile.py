@@ -47,11 +47,17 @@ def core_init(original: Callable[..., None], self: Any, *args: Any, **kwargs: An
     original(self, *args, **kwargs)
     settings = getattr(self.vllm_config.speculative_config, "selfspec", None)
     if isinstance(settings, SelfSpecConfig) and settings.control.mode == "adaptive":
-        self.scheduler.use_cost_model(cost_model(self, settings))
+        model = cost_model(self, settings)
+        if model is None:
+            logger.warning("selfspec could not time this engine (max_model_len too short?); it learns as it runs.")
+        else:
+            self.scheduler.use_cost_model(model)
 
 
-def cost_model(core: Any, settings: SelfSpecConfig) -> CostModel:
+def cost_model(core: Any, settings: SelfSpecConfig) -> CostModel | None:
     """The cost model of this engine: the profile that was named, a cached one, or one measured now.
+
+    None where requests of this engine are too short to be timed.
 
     Raises:
         ConfigError: the named profile cannot be read or belongs to another engine.
@@ -69,6 +75,8 @@ def cost_model(core: Any, settings: SelfSpecConfig) -> CostModel:
         logger.info("selfspec uses the cached profile %s.", path)
         return CostModel.from_profile(path)
     model = measure(core, settings, identity)
+    if model is None:
+        return None
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     model.save(partial)
@@ -108,7 +116,7 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def measure(core: Any, settings: SelfSpecConfig, identity: ProfileIdentity) -> CostModel:
+def measure(core: Any, settings: SelfSpecConfig, identity: ProfileIdentity) -> CostModel | None:
     """Time the engine for batch sizes 1, 2, 4, … and a few draft lengths, as long as the budget lasts."""
     budget = BUDGET_SECONDS.get(current_platform.device_type, DEFAULT_BUDGET_SECONDS)
     longest = settings.num_speculative_tokens
@@ -124,6 +132,8 @@ def measure(core: Any, settings: SelfSpecConfig, identity: ProfileIdentity) -> C
         last = time.perf_counter() - start - spent
         logger.info("selfspec calibration: batch %d measured in %.1f s (budget %.0f s).", batch, last, budget)
         batch *= 2
+    if not {"target", "draft"} <= {point.component for point in points}:
+        return None
     meta = {
         "model": identity.model,
         "hardware": identity.hardware,

@@ -60,6 +60,9 @@ class Metrics:
         self.steps = Counter(
             PREFIX + "steps", "Engine steps by draft length and reason.", [*labels, "num_draft_tokens", "reason"]
         )
+        self.acceptance_alarms = Counter(
+            PREFIX + "acceptance_alarms", "Collapses of acceptance, as after an update the drafter missed.", labels
+        )
         self.draft_length = Histogram(
             PREFIX + "draft_length", "Draft length of each step.", labels, buckets=range(max_draft_tokens + 1)
         )
@@ -70,9 +73,10 @@ class Metrics:
             PREFIX + "achieved_speedup", "Token rate relative to predicted plain decoding.", labels, buckets=speedups
         )
 
-    def record(self, steps: Iterable[StepStats], engine: int) -> None:
-        """Count steps of one engine."""
+    def record(self, steps: Iterable[StepStats], acceptance_alarms: int, engine: int) -> None:
+        """Count steps and alarms of one engine."""
         labels = {**self._labels, "engine": str(engine)}
+        self.acceptance_alarms.labels(**labels).inc(acceptance_alarms)
         for step in steps:
             self.steps.labels(**labels, num_draft_tokens=str(step.num_draft_tokens), reason=step.reason).inc()
             self.draft_length.labels(**labels).observe(step.num_draft_tokens)
@@ -102,5 +106,6 @@ def record(original: Callable[..., None], self: Any, scheduler_stats: Any, *args
         scheduler_stats.kv_connector_stats = {k: v for k, v in payload.items() if k != STATS_KEY} or None
         if self not in _metrics:
             _metrics[self] = Metrics(mine["model_name"], mine["max_draft_tokens"])
-        _metrics[self].record((StepStats(*fields) for fields in mine["steps"]), kwargs.get("engine_idx") or 0)
+        steps = (StepStats(*fields) for fields in mine["steps"])
+        _metrics[self].record(steps, mine["acceptance_alarms"], kwargs.get("engine_idx") or 0)
     original(self, scheduler_stats, *args, **kwargs)

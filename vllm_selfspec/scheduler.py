@@ -23,6 +23,7 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_selfspec.config import ConfigError, SelfSpecConfig
+from vllm_selfspec.control.alarm import AcceptanceAlarm
 from vllm_selfspec.control.cost_model import CostModel
 from vllm_selfspec.control.policy import Controller, ControlSettings, Decision, Reason, StepObservation, StepState
 from vllm_selfspec.metrics import STATS_KEY, StepStats
@@ -60,6 +61,8 @@ class SelfSpecScheduling(Scheduler):
         super().__init__(vllm_config, *args, **kwargs)
         settings: SelfSpecConfig = vllm_config.speculative_config.selfspec
         self._controller = Controller(control_settings(settings), max_batch=self.scheduler_config.max_num_seqs)
+        self._alarm = AcceptanceAlarm()
+        self._alarms_reported = 0
         self._in_flight: deque[InFlightStep] = deque()
         self._busy_since: float | None = None
         self._caps: dict[str, int] = {}
@@ -185,7 +188,13 @@ class SelfSpecScheduling(Scheduler):
         for request_id, drafts in step.output.scheduled_spec_decode_tokens.items():
             row = rows.get(request_id)
             if row is not None and sampled[row]:
-                self._controller.observe_acceptance(len(drafts), len(sampled[row]) - 1)
+                accepted = len(sampled[row]) - 1
+                self._controller.observe_acceptance(len(drafts), accepted)
+                if self._alarm.observe(len(drafts), accepted):
+                    logger.warning(
+                        "selfspec: acceptance collapsed. If the weights were changed past vLLM, "
+                        'collective_rpc("selfspec_refresh") makes the drafter follow.'
+                    )
         speedup = None
         if observation is not None:
             self._controller.observe_step(observation)
@@ -210,10 +219,12 @@ class SelfSpecScheduling(Scheduler):
             mine = {
                 "model_name": self.vllm_config.model_config.served_model_name,
                 "max_draft_tokens": self.num_spec_tokens,
+                "acceptance_alarms": self._alarm.raised - self._alarms_reported,
                 "steps": [step.as_list() for step in self._step_stats],
             }
             stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), STATS_KEY: mine}
             self._step_stats = []
+            self._alarms_reported = self._alarm.raised
         return stats
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
