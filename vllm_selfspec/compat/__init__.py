@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from vllm_selfspec.compat import cpu_expand, tied_lm_head
+from vllm_selfspec.compat import cpu_empty_top_k, cpu_expand, min_tokens_bonus, tied_lm_head
 
 
 def apply() -> None:
     """Apply every mend that this vLLM needs, in this process; re-entrant."""
+    cpu_empty_top_k.apply()
     cpu_expand.apply()
+    min_tokens_bonus.apply()
     tied_lm_head.apply()
