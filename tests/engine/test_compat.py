@@ -1,0 +1,115 @@
+"""The mends of upstream CPU faults: found where they are, left out where they are not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vllm_selfspec.compat import cpu_expand
+
+
+def run_fresh(program: str) -> list[str]:
+    """Run a program in a fresh interpreter and return the lines that it printed."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [line.removeprefix("> ") for line in done.stdout.splitlines() if line.startswith("> ")]
+
+
+# What a CPU worker does before it is built.
+STAND_INS = """
+from vllm.platforms import current_platform
+current_platform.register_triton_kernel_overrides()
+from vllm.v1.sample import rejection_sampler
+from vllm_selfspec import compat
+from vllm_selfspec.compat import cpu_expand
+"""
+
+
+def test_fault_is_found_and_mended() -> None:
+    printed = run_fresh(
+        STAND_INS
+        + """
+print(">", cpu_expand.broken())
+compat.apply()
+print(">", cpu_expand.broken(), rejection_sampler.expand_batch_to_tokens is cpu_expand.expand_batch_to_tokens)
+compat.apply()
+print(">", cpu_expand.broken())
+"""
+    )
+    assert printed == ["True", "False True", "False"]
+
+
+def test_sound_function_is_left_alone() -> None:
+    printed = run_fresh(
+        STAND_INS
+        + """
+import torch
+def sound(x, cu_num_tokens, num_tokens, replace_from=0, replace_to=0):
+    out = x.new_empty(num_tokens)
+    start = 0
+    for value, end in zip(x.tolist(), cu_num_tokens.tolist()):
+        out[start:end] = replace_to if value == replace_from else value
+        start = end
+    return out
+rejection_sampler.expand_batch_to_tokens = sound
+print(">", cpu_expand.broken())
+compat.apply()
+print(">", rejection_sampler.expand_batch_to_tokens is sound)
+"""
+    )
+    assert printed == ["False", "True"]
+
+
+def test_empty_top_k_is_found_and_mended() -> None:
+    printed = run_fresh(
+        STAND_INS
+        + """
+import torch
+from vllm_selfspec.compat import cpu_empty_top_k
+print(">", cpu_empty_top_k.broken())
+compat.apply()
+mended = rejection_sampler.apply_top_k_top_p
+print(">", cpu_empty_top_k.broken())
+compat.apply()
+print(">", rejection_sampler.apply_top_k_top_p is mended)
+logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
+print(">", mended(logits.clone(), torch.tensor([2], dtype=torch.int32), None).tolist())
+"""
+    )
+    assert printed == ["True", "False", "True", "[[-inf, 3.0, 2.0, -inf]]"]
+
+
+def test_min_tokens_before_the_bonus_token_is_found_and_mended() -> None:
+    printed = run_fresh(
+        STAND_INS
+        + """
+from vllm.v1.sample.sampler import Sampler
+from vllm_selfspec.compat import min_tokens_bonus
+print(">", min_tokens_bonus.broken())
+compat.apply()
+mended = Sampler.apply_logits_processors
+print(">", min_tokens_bonus.broken())
+compat.apply()
+print(">", Sampler.apply_logits_processors is mended)
+"""
+    )
+    assert printed == ["True", "False", "True"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])
+def test_expand_batch_to_tokens(dtype: torch.dtype) -> None:
+    x = torch.tensor([5, 0, 2, 9], dtype=dtype)
+    ends = torch.tensor([3, 3, 4, 6], dtype=torch.int32)
+    expanded = cpu_expand.expand_batch_to_tokens(x, ends, 6)
+    assert expanded.dtype == dtype
+    assert expanded.tolist() == [5, 5, 5, 2, 9, 9]
+
+
+def test_expand_batch_to_tokens_replaces() -> None:
+    x = torch.tensor([0.0, 0.7, 0.0])
+    ends = torch.tensor([2, 3, 4], dtype=torch.int32)
+    expanded = cpu_expand.expand_batch_to_tokens(x, ends, 4, replace_from=0, replace_to=1)
+    torch.testing.assert_close(expanded, torch.tensor([1.0, 1.0, 0.7, 1.0]))
