@@ -1,0 +1,58 @@
+"""Every supported model family drafts for itself and keeps its text: tiny random checkpoints against plain decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from engines import Job, drive, engine, greedy, random_lengths, random_prompt, runner_of, texts, watch
+from tiny_models import FAMILIES
+
+from vllm_selfspec.drafter.view import DrafterLinearMethod
+
+VIEWS: dict[str, dict[str, Any]] = {
+    "int8": {"weights": "int8", "lm_head": "int8"},
+    "exit": {"weights": "native", "lm_head": "native", "exit_layer": 2},
+}
+JOBS = [Job(random_prompt(length, length), greedy(40), arrival=i) for i, length in enumerate((5, 40, 64, 90))]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Callable[..., str]) -> Callable[[str], Any]:
+    """What plain decoding answers with a family's checkpoint; decoded once per family."""
+    answers: dict[str, Any] = {}
+
+    def decode(family: str) -> Any:
+        if family not in answers:
+            with engine(tiny(family), max_num_batched_tokens=64) as llm:
+                answers[family] = texts(drive(llm, JOBS))
+        return answers[family]
+
+    return decode
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("view", VIEWS)
+def test_family_equals_plain_decoding(
+    family: str, view: str, tiny: Callable[..., str], plain: Callable[[str], Any]
+) -> None:
+    expected = plain(family)
+    settings = {"num_speculative_tokens": 6, "drafter": VIEWS[view], "control": {"mode": "fixed"}}
+    with engine(tiny(family), settings, max_num_batched_tokens=64) as llm:
+        seen = watch(llm, random_lengths(1, 6))
+        assert texts(drive(llm, JOBS)) == expected
+        assert seen.drafted > 100
+        assert seen.acceptance > (0.6 if view == "int8" else 0.1)
+        quantized = [
+            name
+            for name, module in runner_of(llm).drafter.model.named_modules()
+            if isinstance(getattr(module, "quant_method", None), DrafterLinearMethod)
+        ]
+        if view == "exit":
+            assert not quantized
+        elif family == "qwen3_moe":
+            assert sum("qkv_proj" in name for name in quantized) == 4
+        else:
+            assert sum("gate_up_proj" in name for name in quantized) == 4
+            assert sum("qkv_proj" in name for name in quantized) == 4

@@ -1,0 +1,243 @@
+"""The drafter writes only KV slots that the scheduler gave to the request, and the target rewrites them before reading.
+
+An inspector stands around `propose()`. Before it, every slot that holds no valid token is poisoned and every stale
+block-table entry points at a canary block. After it, nothing may have changed but the slots behind the last token of
+the requests that sampled, and those are overwritten with noise: whatever the target read of them would show in the
+text, and whatever it failed to write still holds the noise when the next proposal looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from engines import (
+    BLOCK,
+    Job,
+    drive,
+    engine,
+    greedy,
+    random_lengths,
+    random_prompt,
+    runner_of,
+    scheduler_of,
+    texts,
+    watch,
+)
+from vllm import LLM, RequestOutput
+
+from vllm_selfspec.drafter import proposer
+
+MAX_MODEL_LEN = 5 * BLOCK
+LONGEST = 8
+POISON = 12345.0
+NOISE = -54321.0
+SERVING: dict[str, Any] = {
+    "max_model_len": MAX_MODEL_LEN,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 48,
+    "num_gpu_blocks_override": 16,
+}
+
+
+def jobs() -> list[Job]:
+    """Chunked prefill beside decoding, block boundaries, and requests that draft into max_model_len."""
+    lengths = [(BLOCK - 3, 40), (3 * BLOCK, 30), (MAX_MODEL_LEN - 20, 100), (BLOCK, 70), (4 * BLOCK - 1, 100), (5, 90)]
+    return [
+        Job(random_prompt(length, 40 + length), greedy(count), arrival=2 * i)
+        for i, (length, count) in enumerate(lengths)
+    ]
+
+
+def unguarded_slots(
+    start: torch.Tensor, limit: torch.Tensor, block_table: torch.Tensor, block_size: int, num_draft_tokens: int
+) -> torch.Tensor:
+    """`draft_slots` without its guard: trusts the block table at every position."""
+    positions = start + torch.arange(num_draft_tokens).unsqueeze(1)
+    blocks = (positions // block_size).clamp_(max=block_table.shape[1] - 1)
+    return block_table.gather(1, blocks.t()).t().long() * block_size + positions % block_size
+
+
+@dataclass
+class Inspector:
+    """Poisons the KV cache around every proposal and writes down what it should not have done.
+
+    Attributes:
+        llm: an in-process engine without prefix caching.
+        canary: a block that no request ever gets.
+        proposals: proposals inspected that drafted anything.
+        padded: rows of these that were not allowed to write at all.
+        written: slots that the drafter wrote.
+        canary_hits: proposals that wrote into the canary block.
+        strays: proposals that wrote into any other slot that was not theirs.
+        unwritten: proposals that found a valid token's slot which the target had not written.
+    """
+
+    llm: LLM
+    canary: int = 0
+    proposals: int = 0
+    padded: int = 0
+    written: int = 0
+    canary_hits: int = 0
+    strays: int = 0
+    unwritten: int = 0
+    caches: list[torch.Tensor] = field(default_factory=list)
+    offsets: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        runner = runner_of(self.llm)
+        self.canary = scheduler_of(self.llm).kv_cache_manager.block_pool.get_new_blocks(1)[0].block_id
+        self.caches = [cache.flatten(1) for cache in runner.kv_caches]  # [blocks, elements of a block]
+        # How a kernel lays out keys and values inside a block is its own affair: let it write every slot's offset.
+        layer = next(iter(runner.compilation_config.static_forward_context.values()))
+        block = torch.full_like(runner.kv_caches[0][:1], -1.0)
+        values = torch.arange(BLOCK, dtype=torch.float32)[:, None, None].expand(-1, block.shape[1], block.shape[3] // 2)
+        layer.impl.do_kv_cache_update(layer, values.contiguous(), values.contiguous(), block, torch.arange(BLOCK))
+        self.offsets = block.flatten().long()  # [elements of a block] the slot that each belongs to
+        assert (self.offsets.bincount(minlength=BLOCK) == block.numel() // BLOCK).all()
+
+    def fill(self, mask: torch.Tensor, value: float) -> None:
+        """Overwrite the slots of mask [blocks, block_size] in every layer."""
+        for cache in self.caches:
+            cache[mask[:, self.offsets]] = value
+
+    def slots_with(self, elements: torch.Tensor) -> torch.Tensor:
+        """[blocks, block_size] slots that hold any of the elements [blocks, elements of a block]."""
+        found = torch.zeros(elements.shape[0], BLOCK).index_add_(1, self.offsets, elements.float())
+        return found > 0
+
+    def propose(self, original: Callable[..., torch.Tensor], **inputs: Any) -> torch.Tensor:
+        """The proposer's `propose` under inspection."""
+        runner, scheduler = runner_of(self.llm), scheduler_of(self.llm)
+        gamma = inputs["num_speculative_tokens"]
+        lengths = inputs["common_attn_metadata"].seq_lens.tolist()
+        rejected = inputs["num_rejected_tokens_gpu"]
+        valid = torch.zeros(
+            self.caches[0].shape[0], BLOCK, dtype=torch.bool
+        )  # slots that hold a token's keys and values
+        open_ = torch.zeros_like(valid)  # slots that this proposal may write
+        table = runner.input_batch.block_table[0]
+        sampled = (~runner.discard_request_mask.np).tolist()
+        for row, request_id in enumerate(runner.input_batch.req_ids):
+            # What the scheduler gave, not what the worker believes.
+            blocks = scheduler.kv_cache_manager.get_block_ids(request_id)[0]
+            assert table.num_blocks_per_row[row] == len(blocks)
+            table.block_table.np[row, len(blocks) :] = self.canary
+            length = lengths[row] - (0 if rejected is None else int(rejected[row]))
+            end = min(length + gamma, len(blocks) * BLOCK, MAX_MODEL_LEN) if sampled[row] else length
+            for position in range(end):
+                which = valid if position < length else open_
+                which[blocks[position // BLOCK], position % BLOCK] = True
+            self.padded += not sampled[row]
+        self.unwritten += any(
+            (self.slots_with((cache == POISON) | (cache == NOISE)) & valid).any() for cache in self.caches
+        )
+        self.fill(~valid, POISON)
+        before = [cache.clone() for cache in self.caches]
+        drafts = original(**inputs)
+        changed = torch.zeros_like(valid)
+        for cache, old in zip(self.caches, before, strict=True):
+            changed |= self.slots_with(cache != old)
+        self.proposals += gamma > 0
+        self.written += int(changed.sum())
+        self.canary_hits += bool(changed[self.canary].any())
+        changed[self.canary] = False
+        self.strays += bool((changed & ~open_).any())
+        self.fill(changed & open_, NOISE)
+        return drafts
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Callable[..., str]) -> list[RequestOutput | None]:
+    with engine(tiny("llama"), **SERVING) as llm:
+        return drive(llm, jobs())
+
+
+@pytest.fixture(scope="module", params=["native", "int8"])
+def drafting(
+    expected: list[RequestOutput | None], tiny: Callable[..., str], request: pytest.FixtureRequest
+) -> Iterator[LLM]:
+    """An engine whose slots are inspected; asks for `expected` because two engines cannot live in one process."""
+    drafter = {"weights": request.param, "lm_head": request.param}
+    settings = {"num_speculative_tokens": LONGEST, "drafter": drafter, "control": {"mode": "fixed"}}
+    with engine(tiny("llama"), settings, **SERVING) as llm:
+        yield llm
+
+
+@pytest.fixture
+def inspector(drafting: LLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[Inspector]:
+    """An inspector of the engine's proposals for one test."""
+    inspecting = Inspector(drafting)
+    drafter = runner_of(drafting).drafter
+    original = type(drafter).propose
+    monkeypatch.setattr(drafter, "propose", lambda **inputs: inspecting.propose(
+        lambda **arguments: original(drafter, **arguments), **inputs))  # fmt: skip
+    yield inspecting
+    pool = scheduler_of(drafting).kv_cache_manager.block_pool
+    pool.free_blocks([pool.blocks[inspecting.canary]])
+
+
+@pytest.mark.parametrize("lookahead", [LONGEST, 0], ids=["lookahead", "no_lookahead"])
+def test_drafter_keeps_to_allocated_slots(
+    lookahead: int,
+    drafting: LLM,
+    inspector: Inspector,
+    expected: list[RequestOutput | None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With no lookahead slots the drafts run past the allocated blocks at every block boundary."""
+    monkeypatch.setattr(scheduler_of(drafting), "num_lookahead_tokens", lookahead)
+    seen = watch(drafting, random_lengths(7, LONGEST))
+    assert texts(drive(drafting, jobs())) == texts(expected)
+    assert inspector.canary_hits == inspector.strays == inspector.unwritten == 0
+    assert inspector.proposals > 20 and inspector.padded > 3 and inspector.written > 200
+    assert seen.preemptions > 0
+    if lookahead and runner_of(drafting).drafter._weights == "native":
+        assert seen.acceptance == 1.0
+
+
+@pytest.mark.parametrize("lookahead", [LONGEST, 0], ids=["lookahead", "no_lookahead"])
+def test_inspector_sees_a_missing_guard(
+    lookahead: int, drafting: LLM, inspector: Inspector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_of(drafting), "num_lookahead_tokens", lookahead)
+    monkeypatch.setattr(proposer, "draft_slots", unguarded_slots)
+    watch(drafting, random_lengths(7, LONGEST))
+    drive(drafting, jobs())
+    assert inspector.canary_hits > 0
+    assert inspector.strays > 0
+
+
+def test_inspector_sees_a_target_that_does_not_rewrite(
+    drafting: LLM, inspector: Inspector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check for unwritten slots finds a drafter that hides its slots from the target's next write."""
+    runner = runner_of(drafting)
+    compute = runner.input_batch.block_table[0].compute_slot_mapping
+
+    def skip_last(*args: Any, **kwargs: Any) -> None:
+        compute(*args, **kwargs)
+        runner.input_batch.block_table[0].slot_mapping.np[1:3] = -1
+
+    monkeypatch.setattr(runner.input_batch.block_table[0], "compute_slot_mapping", skip_last)
+    watch(drafting, lambda: 4)
+    drive(drafting, jobs())
+    assert inspector.unwritten > 0
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_draft_slots(block_size: int) -> None:
+    """Slot by slot against the definition, with requests at every place relative to their limit."""
+    table = torch.tensor([[7, 3, 9, 99], [5, 99, 99, 99], [1, 2, 4, 6], [8, 99, 99, 99]], dtype=torch.int32)
+    limit = torch.tensor([3 * block_size, block_size, 4 * block_size - 5, 0])
+    start = torch.tensor([2 * block_size - 2, block_size - 1, 4 * block_size - 7, 0])
+    slots = proposer.draft_slots(start, limit, table, block_size, 6)
+    for row in range(4):
+        for step in range(6):
+            position = int(start[row]) + step
+            allowed = position < limit[row]
+            block = int(table[row, position // block_size]) if allowed else 99
+            assert slots[step, row] == (block * block_size + position % block_size if allowed else -1)
