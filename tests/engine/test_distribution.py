@@ -1,0 +1,210 @@
+"""Sampling with selfspec has the target's distribution: chi-square against the exact one, computed with transformers.
+
+A model of 16 tokens answers one short prompt thousands of times. The probability of every answer is known exactly, so
+the counts of whole answers are compared, not only those of single tokens: an error that depends on what was accepted
+before shows as well. The drafters are bad ones, so that rejections are common.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from engines import engine, random_lengths, watch
+from scipy import stats
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from vllm import LLM, SamplingParams
+
+from vllm_selfspec.drafter import proposer
+
+VOCABULARY = 16
+LENGTH = 4
+PROMPT = (3, 1, 4)
+CHECKPOINT: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64} | {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 2,
+    "gain": 0.7,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "temperature 1": {"temperature": 1.0},
+    "top-k": {"temperature": 1.0, "top_k": 5},
+}
+DRAFTERS: dict[str, dict[str, Any]] = {
+    "exit": {"weights": "native", "lm_head": "native", "exit_layer": 1},
+    "int4": {"weights": "int4", "lm_head": "int4"},
+}
+# A test of a true hypothesis fails with this probability; all draws are seeded, so it either does or does not.
+SIGNIFICANCE = 1e-3
+CERTAINTY = 1e-9
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny: Callable[..., str]) -> str:
+    return tiny("llama", **CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def target(checkpoint: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module", params=list(DRAFTERS))
+def drafting(checkpoint: str, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    settings = {"num_speculative_tokens": 5, "drafter": DRAFTERS[request.param], "control": {"mode": "fixed"}}
+    with engine(checkpoint, settings, max_num_seqs=256, max_model_len=32, num_gpu_blocks_override=600) as llm:
+        yield llm
+
+
+@torch.inference_mode()
+def shaped(logits: torch.Tensor, temperature: float, top_k: int = VOCABULARY, top_p: float = 1.0) -> torch.Tensor:
+    """[..., V] probabilities after temperature, then top-k, then top-p, in float64."""
+    logits = logits.double() / temperature
+    kth = logits.topk(top_k, dim=-1).values[..., -1:]
+    probs = torch.softmax(logits.masked_fill(logits < kth, -torch.inf), dim=-1)
+    ranked, order = probs.sort(dim=-1, descending=True)
+    # A token stays while those before it have not reached top_p.
+    kept = ranked * (ranked.cumsum(-1) - ranked < top_p)
+    probs = torch.zeros_like(probs).scatter(-1, order, kept)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+@torch.inference_mode()
+def exact(model: PreTrainedModel, setting: dict[str, Any]) -> torch.Tensor:
+    """[V, V, V, V] probability of every answer of four tokens."""
+    prefixes = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=LENGTH - 1)))
+    inputs = torch.cat([torch.tensor(PROMPT).expand(len(prefixes), -1), prefixes], dim=1)
+    logits = model(inputs).logits[:, len(PROMPT) - 1 :]
+    step = shaped(logits, **setting)  # [V**3, 4, V]
+    joint = step[:, LENGTH - 1]
+    for position in range(LENGTH - 1):
+        joint = joint * step[:, position].gather(1, prefixes[:, position : position + 1])
+    joint = joint.reshape((VOCABULARY,) * LENGTH)
+    assert abs(float(joint.sum()) - 1) < 1e-9
+    return joint
+
+
+def p_value(answers: Sequence[tuple[int, ...]], joint: torch.Tensor) -> float:
+    """Probability of counts at least as far from `joint` as these answers'; rare answers are counted together."""
+    counts = torch.zeros_like(joint)
+    for answer, count in Counter(answers).items():
+        counts[answer] = count
+    assert float(counts[joint == 0].sum()) == 0, "an impossible answer"
+    expected = joint * len(answers)
+    often = expected >= 5
+    rest = ~often & (joint > 0)
+    observed, wanted = counts[often].tolist(), expected[often].tolist()
+    assert len(observed) > 20
+    if float(expected[rest].sum()) >= 5:
+        observed.append(float(counts[rest].sum()))
+        wanted.append(float(expected[rest].sum()))
+    else:
+        scale = sum(observed) / sum(wanted)
+        wanted = [value * scale for value in wanted]
+    return float(stats.chisquare(observed, wanted).pvalue)
+
+
+def sample(llm: LLM, settings: Sequence[dict[str, Any]], count: int) -> list[list[tuple[int, ...]]]:
+    """`count` answers for each of the settings, drawn in one mixed batch."""
+    torch.manual_seed(0)
+    per_request = 50
+    params = [
+        SamplingParams(n=per_request, max_tokens=LENGTH, **setting)
+        for _ in range(count // per_request)
+        for setting in settings
+    ]
+    prompts = [{"prompt_token_ids": list(PROMPT)}] * len(params)
+    answers: list[list[tuple[int, ...]]] = [[] for _ in settings]
+    for number, output in enumerate(llm.generate(prompts, params, use_tqdm=False)):
+        answers[number % len(settings)] += [tuple(sample.token_ids) for sample in output.outputs]
+    return answers
+
+
+@pytest.mark.parametrize("setting", ["temperature 1", "top-k"])
+def test_distribution(setting: str, drafting: LLM, target: PreTrainedModel) -> None:
+    """All requests alike, the same number of drafts in every step."""
+    seen = watch(drafting, lambda: LENGTH - 1)
+    (answers,) = sample(drafting, [SETTINGS[setting]], 12_000)
+    assert p_value(answers, exact(target, SETTINGS[setting])) > SIGNIFICANCE
+    assert 0.2 < seen.acceptance < 0.9
+
+
+def test_distribution_of_seeded_requests(drafting: LLM, target: PreTrainedModel) -> None:
+    """Every request draws from a generator of its own, drafts included."""
+    watch(drafting, lambda: LENGTH - 1)
+    settings = [{"temperature": 1.0, "seed": 1000 * number} for number in range(120)]
+    answers = [answer for answers in sample(drafting, settings, 50) for answer in answers]
+    assert len(answers) == 6_000
+    assert p_value(answers, exact(target, SETTINGS["temperature 1"])) > SIGNIFICANCE
+
+
+def test_seeds_repeat(drafting: LLM) -> None:
+    """The same seed gives the same answer in a repeated run, another seed another one."""
+    watch(drafting)
+
+    def run(seed: int) -> list[tuple[int, ...]]:
+        params = SamplingParams(n=20, temperature=1.0, max_tokens=20, seed=seed)
+        (output,) = drafting.generate([{"prompt_token_ids": list(PROMPT)}], params, use_tqdm=False)
+        return [tuple(sample.token_ids) for sample in output.outputs]
+
+    first = run(5)
+    torch.manual_seed(123)
+    assert run(5) == first
+    assert len(set(first)) == 20
+    assert not set(first) & set(run(6000))
+
+
+def test_logprobs_are_the_targets(drafting: LLM, target: PreTrainedModel) -> None:
+    """Logprobs of accepted, corrected and bonus tokens alike."""
+    seen = watch(drafting, random_lengths(4, 5))
+    params = SamplingParams(n=30, temperature=1.0, max_tokens=20, seed=0, logprobs=3)
+    (output,) = drafting.generate([{"prompt_token_ids": list(PROMPT)}], params, use_tqdm=False)
+    for answer in output.outputs:
+        tokens = [*PROMPT, *answer.token_ids]
+        with torch.inference_mode():
+            expected = torch.log_softmax(target(torch.tensor([tokens])).logits[0].double(), dim=-1)
+        assert len(answer.logprobs) == len(answer.token_ids)
+        for position, logprobs in enumerate(answer.logprobs):
+            row = expected[len(PROMPT) + position - 1]
+            assert answer.token_ids[position] in logprobs
+            assert set(row.topk(3).indices.tolist()) <= logprobs.keys()
+            for token, logprob in logprobs.items():
+                assert logprob.logprob == pytest.approx(float(row[token]), abs=1e-4)
+    assert 0.1 < seen.acceptance < 0.9
+
+
+def test_chi_square_tells_the_drafter_from_the_target(target: PreTrainedModel, checkpoint: str) -> None:
+    early = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    early.model.layers = early.model.layers[:1]
+    setting = SETTINGS["temperature 1"]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(joint: torch.Tensor) -> list[tuple[int, ...]]:
+        picked = torch.multinomial(joint.flatten(), 6_000, replacement=True, generator=generator)
+        return [tuple(int(i) for i in torch.unravel_index(number, joint.shape)) for number in picked]
+
+    joint = exact(target, setting)
+    assert p_value(draw(joint), joint) > SIGNIFICANCE
+    assert p_value(draw(exact(early, setting)), joint) < CERTAINTY
+    # A temperature that is 5 % off is no longer the target's distribution either.
+    assert p_value(draw(exact(target, {"temperature": 1.05})), joint) < SIGNIFICANCE
+
+
+def test_chi_square_sees_a_drafter_that_misreports_its_distribution(
+    drafting: LLM, target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts that are not drawn from the q that the rejection sampler gets."""
+    honest = proposer.sample_drafts
+
+    def sharper(logits: torch.Tensor, metadata: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        tokens, _ = honest(logits * 1.5, metadata)
+        return tokens, honest(logits, metadata)[1]
+
+    monkeypatch.setattr(proposer, "sample_drafts", sharper)
+    watch(drafting, lambda: LENGTH - 1)
+    (answers,) = sample(drafting, [SETTINGS["temperature 1"]], 12_000)
+    assert p_value(answers, exact(target, SETTINGS["temperature 1"])) < CERTAINTY
