@@ -81,7 +81,8 @@ lint: setup
 
 unit-test: setup
 	@echo "test 2/3: unit tests (no vLLM)"
-	$(BIN)/python -m pytest -q tests/unit
+	@# The fits work on small matrices: threads only get into each other's way.
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit
 
 engine-test: setup
 	@echo "test 3/3: engine tests"

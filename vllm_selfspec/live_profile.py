@@ -65,11 +65,11 @@ def cost_model(core: Any, settings: SelfSpecConfig) -> CostModel | None:
     identity = profile_identity(core.vllm_config, settings)
     if settings.control.profile != "auto":
         try:
-            model = CostModel.from_profile(settings.control.profile)
+            named = CostModel.from_profile(settings.control.profile)
             check_profile(json.loads(Path(settings.control.profile).read_text())["meta"], identity)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"control.profile {settings.control.profile!r}: {error}") from error
-        return model
+        return named
     path = cache_path(identity)
     if path.exists():
         logger.info("selfspec uses the cached profile %s.", path)
