@@ -1,0 +1,209 @@
+"""The plugin in real processes: it reaches the engine core's process, honours its environment variable, refuses what it
+cannot do in one sentence, and leaves vLLM alone when nobody asks for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import engine, generate, greedy, random_prompt
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_selfspec import plugin
+from vllm_selfspec.config import ConfigError
+from vllm_selfspec.speculative_config import SelfSpecSpeculativeConfig
+
+PROMPT = random_prompt(20, 0)
+SETTINGS: dict[str, Any] = {
+    "method": "selfspec",
+    "num_speculative_tokens": 3,
+    "drafter": {"weights": "int8", "lm_head": "native"},
+    "control": {"mode": "fixed"},
+}
+
+ENGINE = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+def main():
+    asked = json.loads(sys.argv[1])
+    llm = LLM(dtype="float32", enforce_eager=True, skip_tokenizer_init=True, generation_config="vllm", block_size=32,
+              max_model_len=256, num_gpu_blocks_override=64, disable_log_stats=False, **asked["arguments"])
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    output = llm.generate([{"prompt_token_ids": asked["prompt"]}], params, use_tqdm=False)[0]
+    told = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    told = {"tokens": output.outputs[0].token_ids, "accepted": told.get("vllm:spec_decode_num_accepted_tokens", 0)}
+    if asked.get("seams"):
+        from vllm.v1.sample import rejection_sampler
+        from vllm.v1.worker.gpu_worker import Worker
+        from vllm_selfspec import plugin
+        told["wrapped"] = [s.target for s in plugin.IN_WORKERS
+                           if hasattr(getattr(*plugin._owner(s.target)), "_selfspec_seam")]
+        told["methods"] = [name for name in plugin.WORKER_METHODS if hasattr(Worker, name)]
+        told["mended"] = [f.__module__ for f in vars(rejection_sampler).values()
+                          if getattr(f, "__module__", "").startswith("vllm_selfspec")]
+    print(">" + json.dumps(told))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def run_engine(folder: Path, asked: dict[str, Any], **environment: str) -> dict[str, Any]:
+    """Run an engine in a process of its own and return what it told."""
+    script = folder / "engine.py"
+    script.write_text(ENGINE)
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps({"prompt": PROMPT, **asked})],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith(">")]
+    assert lines, done.stderr[-3000:]
+    return json.loads(lines[-1][1:])  # type: ignore[no-any-return]  # a JSON object
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Callable[..., str]) -> list[int]:
+    with engine(tiny("llama")) as llm:
+        return list(generate(llm, [PROMPT], greedy(40))[0][0])
+
+
+def test_flag_reaches_the_engine_core_process(tmp_path: Path, tiny: Callable[..., str], plain: list[int]) -> None:
+    arguments = {"model": tiny("llama"), "speculative_config": SETTINGS}
+    told = run_engine(tmp_path, {"arguments": arguments}, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert told["tokens"] == plain
+    assert told["accepted"] > 10
+
+
+def test_environment_variable_reaches_the_engine_core_process(
+    tmp_path: Path, tiny: Callable[..., str], plain: list[int]
+) -> None:
+    told = run_engine(
+        tmp_path,
+        {"arguments": {"model": tiny("llama")}},
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_SELFSPEC=json.dumps(SETTINGS),
+    )
+    assert told["tokens"] == plain
+    assert told["accepted"] > 10
+
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+
+
+@pytest.mark.parametrize("speculative", [None, NGRAM], ids=["none", "ngram"])
+def test_other_engines_are_left_alone(
+    speculative: dict[str, Any] | None, tmp_path: Path, tiny: Callable[..., str], plain: list[int]
+) -> None:
+    """No seam of the worker is wrapped, nothing mended, in an engine that runs in this very process."""
+    arguments = {"model": tiny("llama"), "speculative_config": speculative}
+    told = run_engine(tmp_path, {"arguments": arguments, "seams": True})
+    assert told == {"tokens": plain, "accepted": told["accepted"], "wrapped": [], "methods": [], "mended": []}
+
+
+def test_a_selfspec_engine_wraps_the_seams(tmp_path: Path, tiny: Callable[..., str]) -> None:
+    """The test above can fail: the same questions to an engine with the flag."""
+    arguments = {"model": tiny("llama"), "speculative_config": SETTINGS}
+    told = run_engine(tmp_path, {"arguments": arguments, "seams": True})
+    assert told["wrapped"] == [seam.target for seam in plugin.IN_WORKERS]
+    assert told["methods"] == list(plugin.WORKER_METHODS)
+    assert told["mended"]
+
+
+def test_register_twice_wraps_once() -> None:
+    plugin.register()
+    before = [getattr(*plugin._owner(seam.target)) for seam in plugin.EVERYWHERE]
+    plugin.register()
+    assert [getattr(*plugin._owner(seam.target)) for seam in plugin.EVERYWHERE] == before
+    for wrapped in before:
+        assert not hasattr(wrapped.__wrapped__, "_selfspec_seam")
+
+
+def config_of(model: str, **arguments: Any) -> Any:
+    """The engine config that vLLM makes of these arguments."""
+    defaults = {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 128, "speculative_config": SETTINGS}
+    return EngineArgs(model=model, **(defaults | arguments)).create_engine_config()
+
+
+def test_environment_variable_of_one_means_all_defaults(
+    tiny: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_SELFSPEC", "1")
+    config = config_of(tiny("llama"), speculative_config=None)
+    assert isinstance(config.speculative_config, SelfSpecSpeculativeConfig)
+    assert config.speculative_config.selfspec.num_speculative_tokens == 7
+    monkeypatch.setenv("VLLM_SELFSPEC", "0")
+    assert config_of(tiny("llama"), speculative_config=None).speculative_config is None
+
+
+def test_a_speculative_config_wins_over_the_environment(
+    tiny: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_SELFSPEC", "1")
+    config = config_of(tiny("llama"), speculative_config=NGRAM)
+    assert config.speculative_config.method == "ngram"
+    assert config_of(tiny("llama")).speculative_config.selfspec.num_speculative_tokens == 3
+
+
+def test_dashes_in_keys_are_underscores(tiny: Callable[..., str]) -> None:
+    asked = {"method": "selfspec", "num-speculative-tokens": 2, "control": {"mode": "fixed"}}
+    assert config_of(tiny("llama"), speculative_config=asked).speculative_config.num_speculative_tokens == 2
+
+
+REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("drafter.exit_layer", {"drafter": {"exit_layer": 4}}, {}),
+    ("drafter.skip_layers", {"drafter": {"skip_layers": [0, 1, 2, 3]}}, {}),
+    ("drafter.skip_layers", {"drafter": {"skip_layers": [4]}}, {}),
+    ("drafter.wieghts", {"drafter": {"wieghts": "int8"}}, {}),
+    ("pipeline_parallel_size", {}, {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}),
+    ("data_parallel_size", {"control": {"mode": "adaptive"}}, {"data_parallel_size": 2}),
+    ("scheduler_cls", {}, {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}),
+    ("runner", {}, {"runner": "pooling"}),
+]
+
+
+def assert_one_sentence(message: str, field: str) -> None:
+    """`message` names the field, and is one sentence that ends there."""
+    assert field in message
+    assert message.endswith(".") and "\n" not in message and len(message) < 300
+    assert ". " not in message
+
+
+@pytest.mark.parametrize(("field", "settings", "arguments"), REFUSALS, ids=[refusal[0] for refusal in REFUSALS])
+def test_refusals_at_configuration(
+    field: str, settings: dict[str, Any], arguments: dict[str, Any], tiny: Callable[..., str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_of(tiny("llama"), speculative_config=SETTINGS | settings, **arguments)
+    assert_one_sentence(str(caught.value), field)
+
+
+@pytest.mark.parametrize("field", ["drafter.weights", "drafter.lm_head"])
+def test_precision_without_a_kernel_is_refused(field: str, tiny: Callable[..., str]) -> None:
+    drafter = {"weights": "native", "lm_head": "native", field.split(".")[1]: "fp8"}
+    with (
+        pytest.raises(ConfigError) as caught,
+        engine(tiny("llama"), {"drafter": drafter, "control": {"mode": "fixed"}}),
+    ):
+        pass
+    assert_one_sentence(str(caught.value), field)
+
+
+def test_int4_of_odd_shapes_is_refused(tiny: Callable[..., str]) -> None:
+    drafter = {"weights": "int4", "lm_head": "native"}
+    with (
+        pytest.raises(ConfigError) as caught,
+        engine(tiny("llama", intermediate_size=160), {"drafter": drafter, "control": {"mode": "fixed"}}),
+    ):
+        pass
+    assert_one_sentence(str(caught.value), "int4")
