@@ -194,7 +194,8 @@ def test_drafter_keeps_to_allocated_slots(
     assert texts(drive(drafting, jobs())) == texts(expected)
     assert inspector.canary_hits == inspector.strays == inspector.unwritten == 0
     assert inspector.proposals > 20 and inspector.padded > 3 and inspector.written > 200
-    assert seen.preemptions > 0
+    # Without lookahead slots the same requests fit into the cache.
+    assert seen.preemptions > 0 or not lookahead
     if lookahead and runner_of(drafting).drafter._weights == "native":
         assert seen.acceptance == 1.0
 
