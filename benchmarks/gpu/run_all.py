@@ -133,6 +133,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     if options.tiny:
         options.models, options.batches, options.seqs, options.gammas = ["tiny"], [1, 2], [32, 64], [1, 3]
         options.requests, options.longest, options.rounds = 4, 48, 1
+        options.acceptance = options.acceptance[:1]
     if options.device == "cpu" and not options.tiny:
         parser.error("--device cpu is for trying the script: add --tiny")
     return options
@@ -431,7 +432,8 @@ def greedy_job(request: dict[str, Any]) -> dict[str, Any]:
     except ConfigError as error:
         return {"refused": str(error)}
     dice = random.Random(0)
-    prompts = [{"prompt_token_ids": [dice.randrange(100, 400) for _ in range(8 + 5 * row)]} for row in range(16)]
+    vocabulary = engine.llm_engine.model_config.get_vocab_size()
+    prompts = [{"prompt_token_ids": [dice.randrange(1, vocabulary) for _ in range(8 + 5 * row)]} for row in range(16)]
     tokens = 32 if request["options"]["tiny"] else 128
     logprobs = None if request["selfspec"] else 2
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=logprobs, detokenize=False)
