@@ -152,6 +152,15 @@ IN_WORKERS = (
     ),
 )
 
+IN_CUDA_WORKERS = (
+    Seam(
+        "vllm.v1.worker.gpu.model_runner:init_speculator",
+        "runner V2 builds the self-drafter where it would build a draft model's speculator",
+        ("vllm_config", "device", "req_states"),
+        "vllm_selfspec.drafter.speculator:init_speculator",
+    ),
+)
+
 WORKER_METHODS = {"selfspec_refresh": "vllm_selfspec.drafter.refresh:selfspec_refresh"}
 """Methods added to vLLM's worker, for `collective_rpc`."""
 
@@ -179,7 +188,9 @@ def register() -> None:
 def worker_init(original: Callable[..., None], self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
     """`WorkerBase.__init__`, preceded by the worker's seams and mends when its config asks for selfspec."""
     if isinstance(getattr(vllm_config.speculative_config, "selfspec", None), SelfSpecConfig):
-        for seam in IN_WORKERS:
+        from vllm.platforms import current_platform
+
+        for seam in IN_WORKERS + (IN_CUDA_WORKERS if current_platform.is_cuda() else ()):
             seam.apply()
         for name, path in WORKER_METHODS.items():
             owner, function = _owner(path)

@@ -13,8 +13,10 @@ from typing import Any
 
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
+from vllm.platforms import current_platform
 
 from vllm_selfspec.config import ConfigError, SelfSpecConfig
+from vllm_selfspec.drafter.runner import choose_runner, every_draft_length
 
 
 @config
@@ -37,6 +39,9 @@ class SelfSpecSpeculativeConfig(SpeculativeConfig):
         self.draft_model_config.max_model_len += self.num_speculative_tokens
         self.draft_parallel_config = self.target_parallel_config
         self.draft_tensor_parallel_size = self.target_parallel_config.tensor_parallel_size
+        if current_platform.is_cuda() and self.selfspec.control.mode != "fixed":
+            # vLLM sizes its CUDA graphs for the lengths in this table; the scheduler picks among them by its own rule.
+            self.num_speculative_tokens_per_batch_size = every_draft_length(self.num_speculative_tokens)
 
     def __repr__(self) -> str:
         return f"SpeculativeConfig({self.selfspec!r})"
@@ -57,6 +62,7 @@ def build(settings: SelfSpecConfig, model: ModelConfig, parallel: ParallelConfig
     Raises:
         ConfigError: if this model or this parallel layout cannot be drafted for; the sentence names the field.
     """
+    choose_runner()
     check_engine(settings, model, parallel)
     return SelfSpecSpeculativeConfig(
         selfspec=settings,
