@@ -1,6 +1,7 @@
 """The pool with workers that have no engine: streaming, faults, weights. No Ray, vLLM or torch."""
 
 import asyncio
+import contextlib
 import json
 import resource
 import signal
@@ -374,22 +375,27 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 
 
 # -- the output file ---------------------------------------------------------------------------------------------------
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may grow beyond 4,096 bytes in this process, as on a full disk."""
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file of this process may grow beyond 4,096 bytes.
+
+    Not a fixture: pytest reports while fixtures are alive, and its output may be a longer file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-async def test_a_full_disk_keeps_every_finished_sample(tmp_path: Path, small_files: None) -> None:
+async def test_a_full_disk_keeps_every_finished_sample(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     async with pool_of(1, Fleet(seconds_per_token=0.0001)) as pool:
         stream = pool.generate(["p"] * 50, 2, PARAMS)
-        with pytest.raises(OutputFullError, match="samples are complete in the file") as caught:
+        with pytest.raises(OutputFullError, match="samples are complete in the file") as caught, full_disk():
             await write_samples(path, stream)
         rest = [sample async for sample in stream]
     kept = list(read_samples(path))
