@@ -152,6 +152,21 @@ IN_WORKERS = (
     ),
 )
 
+IN_CPU_WORKERS = (
+    Seam(
+        "vllm.compilation.decorators:_try_load_aot_compiled_fn",
+        "compiled graphs are loaded from vLLM's cache on CPU too",
+        ("model", "aot_compilation_path"),
+        "vllm_selfspec.compat.cpu_aot_cache:try_load",
+    ),
+    Seam(
+        "vllm.v1.sample.rejection_sampler:rejection_sample",
+        "recovered tokens are drawn only where a draft was rejected",
+        ("draft_token_ids", "num_draft_tokens", "max_spec_len", "draft_probs", "target_logits", "synthetic_mode"),
+        "vllm_selfspec.compat.cpu_rejection_sample:rejection_sample",
+    ),
+)
+
 IN_CUDA_WORKERS = (
     Seam(
         "vllm.v1.worker.gpu.model_runner:init_speculator",
@@ -190,7 +205,7 @@ def worker_init(original: Callable[..., None], self: Any, vllm_config: Any, *arg
     if isinstance(getattr(vllm_config.speculative_config, "selfspec", None), SelfSpecConfig):
         from vllm.platforms import current_platform
 
-        for seam in IN_WORKERS + (IN_CUDA_WORKERS if current_platform.is_cuda() else ()):
+        for seam in IN_WORKERS + (IN_CUDA_WORKERS if current_platform.is_cuda() else IN_CPU_WORKERS):
             seam.apply()
         for name, path in WORKER_METHODS.items():
             owner, function = _owner(path)

@@ -31,8 +31,12 @@ CHECKPOINT: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 64, "inte
     "gain": 0.7,
 }
 SETTINGS: dict[str, dict[str, Any]] = {
+    "temperature 0.7": {"temperature": 0.7},
     "temperature 1": {"temperature": 1.0},
+    "temperature 1.3": {"temperature": 1.3},
     "top-k": {"temperature": 1.0, "top_k": 5},
+    "top-p": {"temperature": 1.3, "top_p": 0.8},
+    "top-k and top-p": {"temperature": 0.7, "top_k": 9, "top_p": 0.9},
 }
 DRAFTERS: dict[str, dict[str, Any]] = {
     "exit": {"weights": "native", "lm_head": "native", "exit_layer": 1},
@@ -133,6 +137,17 @@ def test_distribution(setting: str, drafting: LLM, target: PreTrainedModel) -> N
     assert 0.2 < seen.acceptance < 0.9
 
 
+def test_distribution_of_mixed_batches(drafting: LLM, target: PreTrainedModel) -> None:
+    """All settings and greedy requests in one batch, with changing draft lengths."""
+    seen = watch(drafting, random_lengths(3, 5))
+    *answers, greedy = sample(drafting, [*SETTINGS.values(), {"temperature": 1.0, "top_k": 1}], 4_000)
+    for (name, setting), mine in zip(SETTINGS.items(), answers, strict=True):
+        assert p_value(mine, exact(target, setting)) > SIGNIFICANCE, name
+    assert len(set(greedy)) == 1
+    assert 0.1 < seen.acceptance < 0.9
+    assert len(set(seen.lengths)) == 6
+
+
 def test_distribution_of_seeded_requests(drafting: LLM, target: PreTrainedModel) -> None:
     """Every request draws from a generator of its own, drafts included."""
     watch(drafting, lambda: LENGTH - 1)
@@ -200,9 +215,9 @@ def test_chi_square_sees_a_drafter_that_misreports_its_distribution(
     """Drafts that are not drawn from the q that the rejection sampler gets."""
     honest = proposer.sample_drafts
 
-    def sharper(logits: torch.Tensor, metadata: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        tokens, _ = honest(logits * 1.5, metadata)
-        return tokens, honest(logits, metadata)[1]
+    def sharper(logits: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        tokens, _ = honest(logits * 1.5, *rest)
+        return tokens, honest(logits, *rest)[1]
 
     monkeypatch.setattr(proposer, "sample_drafts", sharper)
     watch(drafting, lambda: LENGTH - 1)

@@ -1,18 +1,18 @@
 """Greedy decoding in float32 with selfspec is token for token plain decoding, whatever happens around it.
 
 One workload mixes what changes the batch under the drafter's feet: chunked prefill, shared prefixes, prompts that end
-on block boundaries, requests that arrive, finish, are aborted or reach `max_model_len` while others draft, and a
+on block boundaries, requests that arrive, finish, stop, are aborted or reach `max_model_len` while others draft, and a
 KV cache so small that requests are preempted and resumed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 from engines import BLOCK, Job, drive, engine, greedy, random_lengths, random_prompt, texts, watch
-from vllm import RequestOutput
+from vllm import RequestOutput, SamplingParams
 
 MAX_MODEL_LEN = 5 * BLOCK
 LONGEST = 8
@@ -61,20 +61,63 @@ def workload() -> list[Job]:
     return jobs
 
 
+def with_stops(jobs: Sequence[Job], plain: Sequence[RequestOutput | None]) -> list[Job]:
+    """The jobs, the longer ones stopped by a token in the middle of what plain decoding wrote."""
+    stopped = []
+    for number, (job, output) in enumerate(zip(jobs, plain, strict=True)):
+        params = job.params
+        if output is not None and len(output.outputs[0].token_ids) > 12 and number % 2:
+            params = greedy(params.max_tokens, stop_token_ids=[output.outputs[0].token_ids[6 + number % 5]])
+        stopped.append(Job(job.prompt, params, job.arrival, job.abort))
+    return stopped
+
+
+def shaped() -> list[Job]:
+    """Greedy requests whose logits are shaped by what was sampled so far."""
+    shapes: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.5},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+        {"frequency_penalty": 2.0},
+        {"allowed_token_ids": list(range(3, 60))},
+        *({"stop_token_ids": list(range(128)), "min_tokens": minimum} for minimum in (3, 5, 9, 12, 17)),
+        {},
+    ]
+    jobs = [Job(random_prompt(9 + i, 600 + i), greedy(24, **shape), arrival=i) for i, shape in enumerate(shapes)]
+    # What bad_words becomes; the tiny checkpoints have no tokenizer. Every token may follow about half of the others.
+    jobs[-1].params._bad_words_token_ids = [[a, b] for a in range(256) for b in range(256) if (a * b + b) % 2]
+    return jobs
+
+
+def several() -> list[Job]:
+    """Requests with n > 1 through the sampler's random path: with top_k = 1 only the target's best token is left."""
+    return [
+        Job(random_prompt(length, 700 + length), SamplingParams(n=n, top_k=1, max_tokens=25), arrival=i)
+        for i, (length, n) in enumerate([(BLOCK, 3), (50, 2), (7, 4)])
+    ]
+
+
+WORKLOADS: dict[str, Callable[[], list[Job]]] = {"greedy": workload, "shaped": shaped, "several": several}
+
+
 @pytest.fixture(scope="module")
-def plain(tiny: Callable[..., str]) -> list[RequestOutput | None]:
-    """What plain decoding answers to the workload."""
+def plain(tiny: Callable[..., str]) -> dict[str, tuple[list[Job], list[RequestOutput | None]]]:
+    """Every workload and what plain decoding answers."""
     with engine(tiny("llama"), None, **ROOMY) as llm:
-        return drive(llm, workload())
+        runs = {name: (jobs := make(), drive(llm, jobs)) for name, make in WORKLOADS.items()}
+        stops = with_stops(*runs["greedy"])
+        runs["stops"] = (stops, drive(llm, stops))
+    return runs
 
 
-def test_plain_workload_is_what_it_says(plain: list[RequestOutput | None]) -> None:
-    """The workload reaches max_model_len, aborts in mid-flight, and its text is no mere repetition."""
-    answered = [(job, output) for job, output in zip(workload(), plain, strict=True) if output]
-    lengths = [len(job.prompt) + len(output.outputs[0].token_ids) for job, output in answered]
+def test_plain_workload_is_what_it_says(plain: dict[str, tuple[list[Job], list[RequestOutput | None]]]) -> None:
+    """The workload reaches max_model_len and stop tokens, aborts in mid-flight, and its text is no mere repetition."""
+    jobs, outputs = plain["greedy"]
+    lengths = [len(job.prompt) + len(out.outputs[0].token_ids) for job, out in zip(jobs, outputs, strict=True) if out]
     assert lengths.count(MAX_MODEL_LEN) >= 3
-    assert plain.count(None) == 2
-    assert sum(len(set(output.outputs[0].token_ids)) for _, output in answered) > 200
+    assert outputs.count(None) == 2
+    assert sum(len(set(out.outputs[0].token_ids)) for out in outputs if out) > 200
+    reasons = [out.outputs[0].finish_reason for out in plain["stops"][1] if out]
+    assert reasons.count("stop") >= 5
 
 
 @pytest.mark.parametrize(
@@ -82,15 +125,36 @@ def test_plain_workload_is_what_it_says(plain: list[RequestOutput | None]) -> No
     [(drafter, bool(number % 2)) for number, drafter in enumerate(DRAFTERS)] + [("native", True), ("int8", False)],
 )
 def test_equals_plain_decoding(
-    drafter: str, prefix_caching: bool, plain: list[RequestOutput | None], tiny: Callable[..., str]
+    drafter: str,
+    prefix_caching: bool,
+    plain: dict[str, tuple[list[Job], list[RequestOutput | None]]],
+    tiny: Callable[..., str],
 ) -> None:
     with engine(tiny("llama"), selfspec(drafter), enable_prefix_caching=prefix_caching, **TIGHT) as llm:
-        seen = watch(llm, random_lengths(0, LONGEST))
-        got = drive(llm, workload())
-    assert texts(got) == texts(plain)
-    assert set(range(LONGEST + 1)) >= set(seen.lengths) and len(set(seen.lengths)) > 5
-    assert seen.drafted > 100
-    assert seen.acceptance == 1.0 if drafter == "native" else 0.05 < seen.acceptance < 1.0
-    assert seen.preemptions > 0
-    cached = sum(output.num_cached_tokens for output in got if output)
-    assert (cached > 0) == prefix_caching
+        for number, (name, (jobs, expected)) in enumerate(plain.items()):
+            seen = watch(llm, random_lengths(number, LONGEST))
+            got = drive(llm, jobs)
+            assert texts(got) == texts(expected), name
+            assert set(range(LONGEST + 1)) >= set(seen.lengths) and len(set(seen.lengths)) > 5
+            assert seen.drafted > 100
+            if drafter == "native" and name in ("greedy", "stops"):
+                assert seen.acceptance == 1.0
+            elif name == "greedy":
+                assert 0.05 < seen.acceptance < 1.0
+            if name == "greedy":
+                assert seen.preemptions > 0
+                cached = sum(output.num_cached_tokens for output in got if output)
+                assert (cached > 0) == prefix_caching
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_equals_plain_decoding_at_every_length(
+    drafter: str, plain: dict[str, tuple[list[Job], list[RequestOutput | None]]], tiny: Callable[..., str]
+) -> None:
+    jobs, expected = plain["greedy"]
+    with engine(tiny("llama"), selfspec(drafter), **TIGHT) as llm:
+        for gamma in range(1, LONGEST + 1):
+            seen = watch(llm, lambda: gamma)  # noqa: B023  # called before the next round
+            assert texts(drive(llm, jobs)) == texts(expected), f"{gamma} drafts"
+            assert set(seen.lengths) == {gamma}
+            assert seen.drafted > 100

@@ -26,6 +26,8 @@ def start(*options: str) -> "subprocess.Popen[str]":
         text=True,
         env=environment,
         start_new_session=True,
+        # A shell's background jobs, among which a test run may be, ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from vllm_selfspec.plugin import EVERYWHERE, IN_WORKERS, Seam, SeamError
+from vllm_selfspec.plugin import EVERYWHERE, IN_CPU_WORKERS, IN_CUDA_WORKERS, IN_WORKERS, Seam, SeamError
 
 
 @pytest.fixture
@@ -46,6 +46,7 @@ def test_another_signature_is_refused_and_left_alone(toy: types.ModuleType):
 
 
 def test_the_table_says_what_each_seam_is_for():
-    targets = [seam.target for seam in (*EVERYWHERE, *IN_WORKERS)]
+    seams = (*EVERYWHERE, *IN_WORKERS, *IN_CPU_WORKERS, *IN_CUDA_WORKERS)
+    targets = [seam.target for seam in seams]
     assert len(targets) == len(set(targets)) > 8
-    assert all(seam.why and seam.wrapper.startswith("vllm_selfspec.") for seam in (*EVERYWHERE, *IN_WORKERS))
+    assert all(seam.why and seam.wrapper.startswith("vllm_selfspec.") for seam in seams)

@@ -34,9 +34,15 @@ def behave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return checkpoint
 
 
+def heed_interrupts() -> None:
+    """Undo what a shell does to its background jobs, among which a test run may be: they ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(*options: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "vllm_selfspec.cli", "rollout", *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed_interrupts)
 
 
 def read_samples(folder: Path) -> list[dict]:

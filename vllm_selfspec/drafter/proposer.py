@@ -183,6 +183,9 @@ class SelfDraftProposer(DraftModelProposer):
         )
         upper_bound = common_attn_metadata.seq_lens_cpu_upper_bound
         cudagraph_mode, num_rows, num_tokens_across_dp = self._determine_batch_execution_and_padding(batch_size)
+        # Rows that do not sample leave their generators alone: how a prompt is chunked must not change a seeded text.
+        idle = self._runner.discard_request_mask.np
+        generators = {row: generator for row, generator in sampling_metadata.generators.items() if not idle[row]}
         tokens = next_token_ids
         probs: list[torch.Tensor] = []
         for step in range(gamma):
@@ -203,7 +206,7 @@ class SelfDraftProposer(DraftModelProposer):
                 slot_mapping=slot_mapping,
             ):
                 hidden = self.model(self.input_ids[:num_rows], self.positions[:num_rows])[:batch_size]
-            tokens, q = sample_drafts(self.model.compute_logits(hidden), sampling_metadata)
+            tokens, q = sample_drafts(self.model.compute_logits(hidden), sampling_metadata, generators)
             drafts[:, step] = tokens
             if q is not None:
                 probs.append(q)

@@ -12,13 +12,16 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import _SAMPLING_EPS
 
 
-def sample_drafts(logits: torch.Tensor, metadata: SamplingMetadata) -> tuple[torch.Tensor, torch.Tensor | None]:
+def sample_drafts(
+    logits: torch.Tensor, metadata: SamplingMetadata, generators: dict[int, torch.Generator]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sample one draft per request.
 
     Args:
         logits: [B, V] the drafter's; may be overwritten.
         metadata: the batch's sampling parameters. Only the temperature shapes q: top-k, top-p and penalties act on
             the target alone, which keeps the result exact.
+        generators: of the rows that have seeds and use their drafts; each gives one number.
 
     Returns:
         [B] int64 tokens, and q as [B, V] float32, None when every request is greedy.
@@ -32,13 +35,13 @@ def sample_drafts(logits: torch.Tensor, metadata: SamplingMetadata) -> tuple[tor
         greedy = temperature < _SAMPLING_EPS
         temperature = torch.where(greedy, 1.0, temperature)
     q = torch.softmax(logits.float().div_(temperature.unsqueeze(1)), dim=-1)
-    tokens = inverse_cdf(q, uniforms(q.shape[0], q.device, metadata.generators))
+    tokens = inverse_cdf(q, uniforms(q.shape[0], generators, q.device))
     if greedy is not None:
         tokens = torch.where(greedy, q.argmax(dim=-1), tokens)
     return tokens, q
 
 
-def uniforms(rows: int, device: torch.device, generators: dict[int, torch.Generator]) -> torch.Tensor:
+def uniforms(rows: int, generators: dict[int, torch.Generator], device: torch.device | str = "cpu") -> torch.Tensor:
     """[rows] float64 in [0, 1); rows of seeded requests come from their own generators."""
     u = torch.rand(rows, dtype=torch.float64, device=device)
     for row, generator in generators.items():

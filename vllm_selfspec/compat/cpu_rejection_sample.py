@@ -1,0 +1,110 @@
+"""vLLM 0.32 draws one random number per vocabulary entry for every verified request, even when no draft is rejected.
+
+Symptom: on CPU the rejection sampler takes several milliseconds per request and step at a vocabulary of 150,000, most
+of them for recovered tokens that nobody reads: a good drafter is rejected in one step out of ten.
+Cause: the GPU cannot know without a synchronisation which drafts are rejected, so it prepares a recovered token for
+each. The CPU can.
+Mend: the same rule (Leviathan et al., arXiv 2211.17192: accept x with probability min(1, p(x) / q(x)), else draw from
+max(p - q, 0)), recovered tokens drawn only where a draft was rejected, from one uniform number each. The random
+numbers are others than vLLM's own, their distribution is the same. Batches without random requests, drafters without
+probabilities and synthetic acceptance run vLLM's function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.v1.sample.metadata import SamplingMetadata
+
+from vllm_selfspec.drafter.sampling import inverse_cdf, uniforms
+
+PLACEHOLDER = -1
+"""What vLLM puts behind a request's last token."""
+
+
+def rejection_sample(
+    original: Callable[..., torch.Tensor],
+    draft_token_ids: torch.Tensor,
+    num_draft_tokens: list[int],
+    max_spec_len: int,
+    cu_num_draft_tokens: torch.Tensor,
+    draft_probs: torch.Tensor | None,
+    target_logits: torch.Tensor,
+    bonus_token_ids: torch.Tensor,
+    sampling_metadata: SamplingMetadata,
+    synthetic_mode: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """vLLM's `rejection_sample` for B requests with N drafts in all.
+
+    Args:
+        draft_token_ids: [N] integers, the drafts of all requests in a row.
+        num_draft_tokens: drafts of each request, N in all.
+        max_spec_len: γ, the most of them.
+        draft_probs: [N, V] float32, what the drafts were drawn from.
+        target_logits: [N, V] float32, after temperature, top-k and top-p.
+        bonus_token_ids: [B, 1] the target's token behind the last draft.
+
+    Returns:
+        [B, γ + 1] int32: accepted drafts, then a recovered or the bonus token, then placeholders.
+    """
+    if synthetic_mode or draft_probs is None or sampling_metadata.all_greedy:
+        return original(
+            draft_token_ids,
+            num_draft_tokens,
+            max_spec_len,
+            cu_num_draft_tokens,
+            draft_probs,
+            target_logits,
+            bonus_token_ids,
+            sampling_metadata,
+            synthetic_mode,
+            *args,
+            **kwargs,
+        )
+    batch_size = len(num_draft_tokens)
+    lengths = torch.tensor(num_draft_tokens)
+    request = torch.arange(batch_size).repeat_interleave(lengths)  # [N]
+    first = lengths.cumsum(0) - lengths  # [B] row of each request's first draft
+    step = torch.arange(len(request)) - first[request]  # [N]
+    drafts = draft_token_ids.long()
+
+    log_total = target_logits.logsumexp(dim=-1)  # [N]
+    p = (target_logits.gather(1, drafts[:, None])[:, 0] - log_total).exp()
+    q = draft_probs.gather(1, drafts[:, None])[:, 0]
+    generators = sampling_metadata.generators
+    u = torch.rand(len(request), dtype=torch.float64)
+    for row, generator in generators.items():
+        u[request == row] = torch.rand(num_draft_tokens[row], dtype=torch.float64, generator=generator)
+    accept = u * q <= p
+    greedy = None
+    if not sampling_metadata.all_random:
+        assert sampling_metadata.temperature is not None
+        greedy = sampling_metadata.temperature == 0
+        accept = torch.where(greedy[request], drafts == target_logits.argmax(dim=-1), accept)
+
+    table = torch.zeros(batch_size, max_spec_len, dtype=torch.int64)
+    table[request, step] = accept.long()
+    accepted = table.cumprod(dim=1).sum(dim=1)  # [B] drafts accepted before the first rejection
+    output = torch.full((batch_size, max_spec_len + 1), PLACEHOLDER, dtype=torch.int32)
+    kept = step < accepted[request]
+    output[request[kept], step[kept]] = draft_token_ids[kept].int()
+
+    everything = accepted == lengths
+    output[everything, accepted[everything]] = bonus_token_ids[everything, 0].int()
+    rejected = (~everything).nonzero()[:, 0]
+    if len(rejected):
+        rows = first[rejected] + accepted[rejected]
+        target = (target_logits[rows] - log_total[rows, None]).exp()
+        residual = (target - draft_probs[rows]).clamp_(min=0)
+        # p = q but for rounding leaves no residual: then p itself is right.
+        residual = torch.where(residual.sum(dim=1, keepdim=True) > 0, residual, target)
+        seeded = {i: generators[row] for i, row in enumerate(rejected.tolist()) if row in generators}
+        tokens = inverse_cdf(residual, uniforms(len(rejected), seeded))
+        if greedy is not None:
+            tokens = torch.where(greedy[rejected], target.argmax(dim=1), tokens)
+        output[rejected, accepted[rejected]] = tokens.int()
+    return output
