@@ -49,6 +49,7 @@ class OnlineCorrection:
         self._prior = self._prior_covariance(cost_model.is_prior)
         self._cov = self._prior.copy()
         self._mean = np.zeros(len(self._prior))
+        self._gammas = np.arange(max_draft_tokens + 1)
         self._updates = 0
         self._surprises = 0
         self.ignored = 0
@@ -105,18 +106,18 @@ class OnlineCorrection:
     def doubts(self, batch: float, seq: float, current: int) -> list[float]:
         """For each γ, the standard deviation of log(cycle time of γ / cycle time of `current`) at this point."""
         times = self.step_times(batch, seq, self.max_draft_tokens)
-        gammas = np.arange(self.max_draft_tokens + 1)
         verify = np.array(times.verify)
-        share = verify / (verify + gammas * times.draft)
+        share = verify / (verify + self._gammas * times.draft)
         # rows: the cycle's logarithm as a combination of the octave's corrections
-        mix = np.zeros((len(gammas), self._width))
-        mix[gammas, gammas] = share
+        mix = np.zeros((len(share), self._width))
+        np.fill_diagonal(mix, share)
         mix[:, -1] = 1.0 - share
         mix -= mix[current]
         start = self._octave(self._key(batch, seq)[0]) * self._width
         block = self._cov[start : start + self._width, start : start + self._width]
-        variance = np.einsum("ij,jk,ik->i", mix, block, mix)
-        return np.sqrt(np.maximum(variance, 0.0)).tolist()
+        variance = (mix @ block * mix).sum(axis=1)
+        result: list[float] = np.sqrt(np.maximum(variance, 0.0)).tolist()
+        return result
 
     def predict(self, batch: float, seq: float, num_verified: float, num_drafted: int, prefill_tokens: int) -> float:
         """Seconds of one step that verifies `num_verified` and then drafts `num_drafted` tokens per request."""
