@@ -70,6 +70,12 @@ class ControlConfig(_Strict):
     profile: str = Field("auto", description="`auto` (measured at start-up, cached) or the path of a profile")
     margin: float = Field(0.02, ge=0, lt=1, description="relative gain a new draft length must promise over the last")
     probe_interval: int = Field(256, ge=1, description="steps without drafting after which one probe may be made")
+    probe_budget: float = Field(0.01, ge=0, le=0.2, description="fraction of the time that probes may cost")
+    acceptance_window: float = Field(512.0, gt=1, description="verified drafts after which old evidence has faded")
+    acceptance_prior: float = Field(0.8, gt=0, lt=1, description="acceptance assumed before any draft was verified")
+    per_request_batch: int = Field(
+        0, ge=0, description="up to this many running requests each one's own acceptance is used; 0: the pooled one"
+    )
 
 
 class SelfSpecConfig(_Strict):

@@ -36,12 +36,8 @@ REQUEST_CAP = "selfspec_max_draft_tokens"
 
 def control_settings(settings: SelfSpecConfig) -> ControlSettings:
     """The controller's settings of a selfspec config."""
-    control = settings.control
     return ControlSettings(
-        max_draft_tokens=settings.num_speculative_tokens,
-        mode=control.mode,
-        margin=control.margin,
-        probe_interval=control.probe_interval,
+        max_draft_tokens=settings.num_speculative_tokens, **settings.control.model_dump(exclude={"profile"})
     )
 
 
@@ -132,6 +128,7 @@ class SelfSpecScheduling(Scheduler):
         longest = self.num_spec_tokens
         num_decode = prefill = unfinished_prefill = context = 0
         caps: list[int] = []
+        decoding: list[str] = []
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
             computed = request.num_computed_tokens + num_tokens
@@ -141,6 +138,7 @@ class SelfSpecScheduling(Scheduler):
                 unfinished_prefill += behind
                 continue
             num_decode += 1
+            decoding.append(request_id)
             context += computed
             drafts = output.scheduled_spec_decode_tokens.get(request_id)
             prefill += num_tokens - 1 - (len(drafts) if drafts else 0)
@@ -158,6 +156,7 @@ class SelfSpecScheduling(Scheduler):
             prefill_tokens=prefill,
             pending_prefill_tokens=min(unfinished_prefill, budget),
             draft_caps=caps,
+            request_ids=decoding if num_decode <= self._controller.settings.per_request_batch else (),
         )
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
@@ -189,7 +188,7 @@ class SelfSpecScheduling(Scheduler):
             row = rows.get(request_id)
             if row is not None and sampled[row]:
                 accepted = len(sampled[row]) - 1
-                self._controller.observe_acceptance(len(drafts), accepted)
+                self._controller.observe_acceptance(len(drafts), accepted, request_id)
                 if self._alarm.observe(len(drafts), accepted):
                     logger.warning(
                         "selfspec: acceptance collapsed. If the weights were changed past vLLM, "

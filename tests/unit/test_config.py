@@ -7,6 +7,7 @@ import json
 import pytest
 
 from vllm_selfspec.config import ConfigError, DrafterConfig, SelfSpecConfig
+from vllm_selfspec.control.policy import ControlSettings
 
 
 def test_defaults():
@@ -20,12 +21,18 @@ def test_every_field_arrives():
         "method": "selfspec",
         "num_speculative_tokens": 5,
         "drafter": {"weights": "int4", "lm_head": "int8", "exit_layer": 6, "skip_layers": [1, 4]},
-        "control": {"mode": "fixed", "profile": "p.json", "margin": 0.1, "probe_interval": 9},
+        "control": {"mode": "fixed", "profile": "p.json", "margin": 0.1, "probe_interval": 9}
+        | {"probe_budget": 0.05, "acceptance_window": 99.0, "acceptance_prior": 0.5, "per_request_batch": 2},
     }
     settings = SelfSpecConfig.parse(raw)
     assert settings.num_speculative_tokens == 5
     assert settings.drafter.layers(8) == (0, 2, 3, 5)
     assert settings.control.model_dump() == raw["control"]
+
+
+def test_the_controllers_own_defaults_are_those_of_the_flag():
+    control = SelfSpecConfig.parse({"method": "selfspec"}).control.model_dump(exclude={"profile"})
+    assert ControlSettings(**control) == ControlSettings()
 
 
 @pytest.mark.parametrize(
