@@ -7,6 +7,9 @@ One engine in this process; before each round its controller is exchanged: never
 rounds alternate, so a machine whose speed drifts treats all alike; figures are medians of the round-by-round ratios to
 "never draft". That is plain decoding with the plugin loaded: `vllm-selfspec rollout --control '{"mode": "off"}'`
 measures how far it is from vLLM without the flag.
+
+The rollout's rounds are also predicted by the simulator, from the lengths that came out, the profile that the engine
+measured at its start and the acceptance that was seen: predicted over measured makespan, median of the rounds.
 """
 
 import argparse
@@ -14,12 +17,14 @@ import json
 import os
 import statistics
 import time
+from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from vllm import LLM, SamplingParams
 
 from vllm_selfspec.control.policy import Controller, ControlSettings
+from vllm_selfspec.control.simulate import predict_recorded
 from vllm_selfspec.prompts import embedded_prompts
 from vllm_selfspec.provenance import provenance
 
@@ -45,30 +50,53 @@ def main() -> None:
     for gamma in args.fixed:
         modes[f"fixed {gamma}"] = Controller(ControlSettings(max_draft_tokens=gamma, mode="fixed"))
     modes["adaptive"] = adaptive
+    profile = adaptive.times.cost_model
     prompts = embedded_prompts()
 
-    def tokens_per_second(mode: str, batch: int, params: SamplingParams) -> float:
+    def run(mode: str, batch: int, params: SamplingParams) -> dict[str, Any]:
         scheduler._controller = modes[mode]
         chosen = [prompts[i % len(prompts)]["messages"] for i in range(batch)]
         llm.reset_prefix_cache()
         start = time.perf_counter()
         outputs = llm.chat(chosen, params, use_tqdm=False)
-        return sum(len(o.outputs[0].token_ids) for o in outputs) / (time.perf_counter() - start)
+        return {
+            "mode": mode.split()[0].replace("off", "plain"),
+            "makespan": time.perf_counter() - start,
+            "output_lengths": [len(output.outputs[0].token_ids) for output in outputs],
+            "prompt_lengths": [len(output.prompt_token_ids) for output in outputs],
+            "num_speculative_tokens": modes[mode].settings.max_draft_tokens,
+            "max_num_seqs": batch,
+        }
 
-    def compare(label: str, batch: int, params: SamplingParams) -> dict[str, object]:
+    def tokens_per_second(recording: dict[str, Any]) -> float:
+        return sum(recording["output_lengths"]) / recording["makespan"]
+
+    def compare(label: str, batch: int, params: SamplingParams) -> dict[str, Any]:
         for mode in modes:  # warm up: first use of a shape
-            tokens_per_second(mode, batch, SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True))
-        rates: dict[str, list[float]] = {mode: [] for mode in modes}
+            run(mode, batch, SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True))
+        recordings: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
         for _ in range(args.rounds):
             for mode in modes:
-                rates[mode].append(tokens_per_second(mode, batch, params))
+                recordings[mode].append(run(mode, batch, params))
+        rates = {mode: [tokens_per_second(recording) for recording in made] for mode, made in recordings.items()}
         ratios = {m: statistics.median(a / b for a, b in zip(r, rates["off"], strict=True)) for m, r in rates.items()}
-        print(
-            label,
-            {m: f"{statistics.median(rates[m]):.1f} tok/s {ratio:.2f}x" for m, ratio in ratios.items()},
-            flush=True,
-        )
-        return {"label": label, "batch": batch, "tokens_per_second": rates, "ratio_to_off": ratios}
+        text = {m: f"{statistics.median(rates[m]):.1f} tok/s {ratio:.2f}x" for m, ratio in ratios.items()}
+        print(label, text, flush=True)
+        acceptance = statistics.mean(modes[f"fixed {longest}"].acceptance.rates())
+        errors = {
+            mode: statistics.median(predict_recorded({**r, "acceptance": acceptance}, profile)["error"] for r in made)
+            for mode, made in recordings.items()
+        }
+        print(f"  acceptance {acceptance:.3f}; simulated makespan against measured:", flush=True)
+        print("  " + ", ".join(f"{mode} {error:+.1%}" for mode, error in errors.items()), flush=True)
+        return {
+            "label": label,
+            "batch": batch,
+            "tokens_per_second": rates,
+            "ratio_to_off": ratios,
+            "acceptance": acceptance,
+            "error_of_simulated_makespan": errors,
+        }
 
     params = SamplingParams(temperature=1.0, max_tokens=args.tokens, ignore_eos=True)
     results = [compare(f"B={batch}", batch, params) for batch in args.batches]

