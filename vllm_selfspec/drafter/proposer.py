@@ -22,8 +22,8 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 
-from vllm_selfspec.config import ConfigError, Precision
-from vllm_selfspec.drafter.quantize import check_supported, default_precision
+from vllm_selfspec.config import ConfigError
+from vllm_selfspec.drafter.quantize import choose_precision
 from vllm_selfspec.drafter.refresh import WeightTap
 from vllm_selfspec.drafter.sampling import sample_drafts
 from vllm_selfspec.drafter.view import build_view, quantization_plan
@@ -77,16 +77,10 @@ class SelfDraftProposer(DraftModelProposer):
         self.supports_mm_inputs = False
         drafter = self.speculative_config.selfspec.drafter
         self._layers = drafter.layers(vllm_config.model_config.get_total_num_hidden_layers())
-        self._weights = self._precision("drafter.weights", drafter.weights)
-        self._lm_head = self._precision("drafter.lm_head", drafter.lm_head)
+        self._weights = choose_precision("drafter.weights", drafter.weights, self.device.type)
+        self._lm_head = choose_precision("drafter.lm_head", drafter.lm_head, self.device.type)
         self._tap = WeightTap(vllm_config, quantization_plan(self._layers, self._weights, self._lm_head))
         self._steps = torch.arange(self.max_batch_size + 1, dtype=torch.int32)
-
-    def _precision(self, field: str, asked: Precision | None) -> Precision:
-        if asked is None:
-            return default_precision(self.device.type)
-        check_supported(field, asked, self.device.type)
-        return asked
 
     def load_model(self, target_model: nn.Module) -> None:
         """Build the view of the loaded target."""

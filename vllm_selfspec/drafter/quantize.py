@@ -122,27 +122,27 @@ def default_precision(device_type: str) -> Precision:
     return default_cuda_precision()
 
 
-def check_supported(field: str, precision: Precision, device_type: str) -> None:
-    """Refuse a precision that has no kernel here.
+def choose_precision(field: str, asked: Precision | None, device_type: str) -> Precision:
+    """The precision of `field`: the one asked for if there is a kernel, the platform's own when none is (None).
 
     Raises:
         ConfigError: names `field` and the precisions that work.
     """
-    if precision == "native":
-        return
+    if asked is None:
+        return default_precision(device_type)
+    if asked == "native":
+        return asked
     if device_type == "cpu":
-        from vllm import _custom_ops as ops
+        import vllm._custom_ops  # noqa: F401  # registers the kernels
 
         usable = ["native", "int4"] + (["int8"] if hasattr(torch.ops._C, "create_onednn_scaled_mm_handler") else [])
-        del ops
     else:
         from vllm_selfspec.drafter.quantize_cuda import usable_precisions
 
         usable = usable_precisions()
-    if precision not in usable:
-        raise ConfigError(
-            f"{field} is {precision!r}, which has no kernel here: use one of {', '.join(sorted(usable))}."
-        )
+    if asked not in usable:
+        raise ConfigError(f"{field} is {asked!r}, which has no kernel here: use one of {', '.join(sorted(usable))}.")
+    return asked
 
 
 def quantize(weight: torch.Tensor, precision: Precision) -> QuantizedLinear:

@@ -32,9 +32,9 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_selfspec.config import ConfigError, Precision
+from vllm_selfspec.config import ConfigError
 from vllm_selfspec.drafter.proposer import draft_slots
-from vllm_selfspec.drafter.quantize import check_supported, default_precision
+from vllm_selfspec.drafter.quantize import choose_precision
 from vllm_selfspec.drafter.refresh import WeightTap
 from vllm_selfspec.drafter.view import build_view, quantization_plan
 from vllm_selfspec.speculative_config import SelfSpecSpeculativeConfig
@@ -71,8 +71,8 @@ class SelfDraftSpeculator(DraftModelSpeculator):
             )
         drafter = self.speculative_config.selfspec.drafter
         self._layers = drafter.layers(vllm_config.model_config.get_total_num_hidden_layers())
-        self._weights = self._precision("drafter.weights", drafter.weights)
-        self._lm_head = self._precision("drafter.lm_head", drafter.lm_head)
+        self._weights = choose_precision("drafter.weights", drafter.weights, self.device.type)
+        self._lm_head = choose_precision("drafter.lm_head", drafter.lm_head, self.device.type)
         self._tap = WeightTap(vllm_config, quantization_plan(self._layers, self._weights, self._lm_head))
         self._view_layer_names: set[str] = set()
         self._manager: SpeculatorCudaGraphManager | None = None
@@ -83,12 +83,6 @@ class SelfDraftSpeculator(DraftModelSpeculator):
         self._limit = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
         """Positions below this one are allocated to the request; 0 for a row that must not write."""
         self._row_numbers = torch.arange(self.max_num_reqs + 1, dtype=torch.int32, device=device)
-
-    def _precision(self, field: str, asked: Precision | None) -> Precision:
-        if asked is None:
-            return default_precision(self.device.type)
-        check_supported(field, asked, self.device.type)
-        return asked
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         model, self._view_layer_names = build_view(
