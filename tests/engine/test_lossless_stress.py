@@ -147,7 +147,8 @@ def test_equals_plain_decoding(
                 assert (cached > 0) == prefix_caching
 
 
-@pytest.mark.parametrize("drafter", DRAFTERS)
+# The random lengths above mix all of them for every drafter; here each stays, for one drafter of each kind.
+@pytest.mark.parametrize("drafter", ["int8", "exit", "exit_skip_int4"])
 def test_equals_plain_decoding_at_every_length(
     drafter: str, plain: dict[str, tuple[list[Job], list[RequestOutput | None]]], tiny: Callable[..., str]
 ) -> None:
