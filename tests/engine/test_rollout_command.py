@@ -89,6 +89,42 @@ def test_both_engines_side_by_side(out: Path, tmp_path: Path):
     assert json.loads(stdout.splitlines()[-1])["acceptance_length"] == selfspec.spec.acceptance_length
 
 
+def test_two_ray_workers(out: Path, tmp_path: Path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        '{"messages": [{"role": "user", "content": "Count from one to ten."}]}\n'
+        '{"prompt": "The capital of France is"}\n'
+    )
+    options = ["--workers", "2", "--only", "selfspec", "--prompts", str(prompts), "--n", "4", "--batch", "2"]
+    speculation = [
+        "--num-speculative-tokens",
+        "3",
+        "--control",
+        '{"mode": "fixed"}',
+        "--drafter",
+        '{"weights": "int8"}',
+    ]
+    process = start(*options, *speculation, "--rounds", "1", "--max-tokens", "16", "--ignore-eos", "--out", str(out))
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert "tokens/s" in stdout
+
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert sorted((s["prompt"], s["sample"]) for s in samples) == [(p, s) for p in (0, 1) for s in range(4)]
+    assert all(len(sample["token_ids"]) == 16 and sample["text"].strip() for sample in samples)
+    (report,) = map(json.loads, (out / "workers.jsonl").read_text().splitlines())
+    assert [worker["samples"] for worker in report["workers"]] == [4, 4]
+    for worker in report["workers"]:
+        assert worker["acceptance"] > 0.5 and 1 < worker["draft_length"] <= 3 and worker["utilisation"] > 0.5
+        assert f"worker {worker['worker_id']}: 4 samples, 64 tokens, γ {worker['draft_length']:.2f}" in stderr
+
+    (spec,) = (item.spec for item in RolloutRun.load(out / "rollout.json").rounds)
+    assert spec is not None
+    assert set(spec.draft_lengths) <= {0, 1, 2, 3}
+    assert spec.draft_lengths[0] >= 8  # the step of each prompt
+    assert sum(length * count for length, count in spec.draft_lengths.items()) == spec.num_draft_tokens
+
+
 def test_interrupting_real_engines(out: Path):
     options = ["--only", "selfspec", "--n", "4", "--batch", "2", "--max-tokens", "16", "--control", '{"mode": "fixed"}']
     process = start(*options, "--out", str(out))

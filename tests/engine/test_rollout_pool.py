@@ -96,6 +96,13 @@ def check_version(pool: RolloutPool, version: int, expected: dict[tuple[int, int
         assert sample.token_ids == expected[sample.prompt_index, 0], f"worker {sample.worker_id}"
 
 
+def test_workers_do_not_draw_the_same_noise(pool: RolloutPool) -> None:
+    """First of all tests: only fresh engines, which once had one seed, would make the same samples of one prompt."""
+    samples = pool.generate_all([PROMPTS[0]] * 2, 4, {**SAMPLED, "seed": None})
+    by_worker = [{tuple(s.token_ids) for s in samples if s.worker_id == worker} for worker in (0, 1)]
+    assert all(by_worker) and not by_worker[0] & by_worker[1]
+
+
 def test_samples_are_those_of_a_bare_engine(pool: RolloutPool, expected: dict[str, Any]) -> None:
     """Tokens, log probabilities, finish reasons; a seed gives the same samples whichever worker makes them."""
     stream = pool.generate(PROMPTS, 4, SAMPLED)

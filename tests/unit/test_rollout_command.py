@@ -12,10 +12,12 @@ import pytest
 
 from vllm_selfspec.commands import rollout
 from vllm_selfspec.commands.report import shares_text
+from vllm_selfspec.engine_pool import EnginePool, spec_counts
 from vllm_selfspec.engine_process import EngineProcess, _root_cause, _Timeline
 from vllm_selfspec.errors import EngineError, UsageError
 from vllm_selfspec.prompts import embedded_prompts, load_prompts
 from vllm_selfspec.results import RolloutRun, Round, SpecCounts
+from vllm_selfspec.rollout import DummyWorker, WorkerStats
 
 FAKE_VLLM = str(Path(__file__).parent / "fake_vllm")
 
@@ -217,6 +219,44 @@ def test_root_cause_is_the_first_error(tmp_path: Path):
     assert _root_cause(log) == "no room for the KV cache"
     log.write_text("nothing of note\n")
     assert _root_cause(log) is None
+
+
+# --- Ray workers in its place ----------------------------------------------------------------------------------------
+
+
+def test_a_pool_answers_like_an_engine_process():
+    requests = [{"id": f"{p}-{s}", "prompt": text} for p, text in enumerate(["a", "bc", "d"]) for s in range(2)]
+    with EnginePool("plain", {"model": "none"}, 2, make_handle=DummyWorker) as engine:
+        assert engine.wait_ready() >= 0
+        for _ in range(2):
+            *samples, done = engine.generate(requests, {"max_tokens": 5})
+            assert sorted(sample["id"] for sample in samples) == [request["id"] for request in requests]
+            assert all(len(sample["token_ids"]) == 5 for sample in samples)
+            assert done["report"]["generated_tokens"] == 30  # of this round, not of both
+            assert [worker["worker_id"] for worker in done["report"]["workers"]] == [0, 1]
+            assert done["counters"]["num_drafts"] == 0
+
+
+def test_a_prompt_that_does_not_fit_the_workers_is_named():
+    with EnginePool("plain", {"model": "none"}, 1, make_handle=lambda i: DummyWorker(i, max_model_len=20)) as engine:
+        engine.wait_ready()
+        with pytest.raises(UsageError, match="prompt 1 has 20 tokens but the model takes 20"):
+            list(engine.generate([{"id": "0-0", "prompt": "x"}, {"id": "1-0", "prompt": "x" * 20}], {"max_tokens": 1}))
+
+
+def test_draft_lengths_from_a_workers_counters():
+    """Ten drafts: four of one token, one of two, five of three; and seven steps of requests without a draft."""
+    stats = WorkerStats(
+        worker_id=0,
+        generated_tokens=10 + 7 + 12,
+        drafts=10,
+        draft_tokens=4 + 2 + 15,
+        accepted_tokens=12,
+        drafted_per_position=[10, 6, 5],
+        accepted_per_position=[6, 4, 2],
+    )
+    assert spec_counts(stats).draft_lengths == {0: 7, 1: 4, 2: 1, 3: 5}
+    assert spec_counts(WorkerStats(worker_id=0)).draft_lengths == {}
 
 
 # --- prompt files -----------------------------------------------------------------------------------------------------

@@ -19,10 +19,11 @@ from vllm_selfspec.models import DEFAULT_MODEL
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from vllm_selfspec.engine_pool import EnginePool
     from vllm_selfspec.engine_process import EngineProcess
     from vllm_selfspec.results import Mode, RolloutRun, Round
 
-_SAMPLES, _RUN, _PLOT = "samples.jsonl", "rollout.json", "rollout.png"
+_SAMPLES, _RUN, _PLOT, _WORKERS = "samples.jsonl", "rollout.json", "rollout.png", "workers.jsonl"
 # Two engines share one GPU: a little less than half of its memory each.
 _SHARED_GPU_FRACTION = 0.45
 
@@ -60,6 +61,14 @@ def rollout(
         typer.Option(help='The draft length control, such as {"mode": "fixed"}.', metavar="JSON"),
     ] = None,
     only: Annotated[Only, typer.Option(help="Run both engines in alternation, or one of them.")] = Only.both,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Ray workers of each mode, in place of one engine process: an engine with --batch samples at a time "
+            "each. On a CPU they share the cores, on GPUs each takes one.",
+        ),
+    ] = None,
     compile_: Annotated[
         bool, typer.Option("--compile/--enforce-eager", help="Use torch.compile in both engines, or in neither.")
     ] = True,
@@ -76,6 +85,9 @@ def rollout(
     Both engines are up at the same time and take turns, round by round, so that a machine whose speed drifts treats
     them alike. On a GPU each gets 45 % of the memory: where that is too little, run --only plain and --only selfspec
     one after the other and compare the two results with `vllm-selfspec report`.
+
+    With --workers N each mode is a pool of N Ray workers; their draft lengths, acceptance, utilisation and idle tails
+    are printed after each round and written to workers.jsonl.
 
     Every finished sample goes to samples.jsonl at once: Ctrl-C loses none of them.
     """
@@ -102,7 +114,7 @@ def rollout(
         "enforce_eager": not compile_,
         "disable_log_stats": False,  # the acceptance counters come from these statistics
     }
-    if only is Only.both and not _is_cpu():
+    if only is Only.both and workers is None and not _is_cpu():
         engine_args["gpu_memory_utilization"] = _SHARED_GPU_FRACTION
     run = RolloutRun(
         provenance=provenance(),
@@ -117,6 +129,7 @@ def rollout(
             "seed": seed,
             "ignore_eos": ignore_eos,
             "compile": compile_,
+            "workers": workers,
             "speculative_config": speculative_config,
         },
         startup_seconds={},
@@ -133,7 +146,9 @@ def rollout(
         with (
             _stop_signals(),
             _open_samples(samples_path) as samples,
-            contextlib.closing(run_rounds(run, per_mode, requests, sampling, rounds, folder, console)) as finished,
+            contextlib.closing(
+                run_rounds(run, per_mode, requests, sampling, rounds, folder, console, workers)
+            ) as finished,
         ):
             for sample in finished:
                 _append(samples, sample)
@@ -194,8 +209,9 @@ def run_rounds(
     rounds: int,
     folder: Path,
     console: "Console",
+    workers: int | None = None,
 ) -> "Generator[dict[str, Any], None, None]":
-    """Start an engine per mode, alternate between them, and add each finished round to `run`.
+    """Start an engine (or a pool of `workers`) per mode, alternate, and add each finished round to `run`.
 
     Yields:
         Every sample as it finishes, as a record of the samples file.
@@ -203,23 +219,31 @@ def run_rounds(
     from vllm_selfspec.engine_process import EngineProcess
 
     with contextlib.ExitStack() as stack:
-        engines: dict[Mode, EngineProcess] = {}
+        engines: dict[Mode, EngineProcess | EnginePool] = {}
         for mode, engine_args in engines_args.items():
             log_path = folder / f"engine-{mode}.log"
             compiling = "" if engine_args["enforce_eager"] else "the first start compiles for minutes; "
-            starting = f"starting the {mode} engine ({compiling}log: {log_path})"
+            what = (
+                f"engine ({compiling}log: {log_path})" if workers is None else f"workers ({compiling}{workers} on Ray)"
+            )
+            starting = f"starting the {mode} {what}"
             if not console.is_terminal:
                 console.print(starting, highlight=False, soft_wrap=True)
             with console.status(starting):
                 # One after the other: start-up is when a CPU engine measures its memory and compiles.
-                engine = stack.enter_context(EngineProcess(mode, engine_args, log_path))
+                engine: EngineProcess | EnginePool
+                if workers is None:
+                    engine = EngineProcess(mode, engine_args, log_path)
+                else:
+                    engine = _make_pool(mode, engine_args, workers)
+                stack.enter_context(engine)
                 run.startup_seconds[mode] = engine.wait_ready()
             console.print(f"[dim]{mode} engine ready in {run.startup_seconds[mode]:.1f} s[/dim]", highlight=False)
             engines[mode] = engine
         for index in range(rounds):
             for mode, engine in engines.items():
                 title = f"round {index + 1}/{rounds} {mode}"
-                finished = yield from _one_round(title, mode, index, engine, requests, sampling, console)
+                finished, report = yield from _one_round(title, mode, index, engine, requests, sampling, console)
                 run.rounds.append(finished)
                 console.print(
                     f"{title}: {finished.num_samples} samples, {finished.num_tokens} tokens in "
@@ -227,17 +251,22 @@ def run_rounds(
                     highlight=False,
                     soft_wrap=True,
                 )
+                if report is not None:
+                    _print_workers(report, console)
+                    with (folder / _WORKERS).open("a", encoding="utf-8") as lines:
+                        lines.write(json.dumps({"mode": mode, "round": index, **report}) + "\n")
 
 
 def _one_round(
     title: str,
     mode: "Mode",
     index: int,
-    engine: "EngineProcess",
+    engine: "EngineProcess | EnginePool",
     requests: list[dict[str, Any]],
     sampling: dict[str, Any],
     console: "Console",
-) -> "Generator[dict[str, Any], None, Round]":
+) -> "Generator[dict[str, Any], None, tuple[Round, dict[str, Any] | None]]":
+    """Yields sample records; returns the round, and the pool's report where a pool made it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from vllm_selfspec.results import Moment, Round, SpecCounts
@@ -262,7 +291,7 @@ def _one_round(
                 "text": event["text"],
                 "token_ids": event["token_ids"],
             }
-    return Round(
+    finished = Round(
         mode=mode,
         index=index,
         seconds=event["seconds"],
@@ -270,6 +299,36 @@ def _one_round(
         num_tokens=num_tokens,
         spec=SpecCounts.model_validate(event["counters"]) if mode == "selfspec" else None,
         timeline=[Moment.model_validate(moment) for moment in event["timeline"]],
+    )
+    return finished, event.get("report")
+
+
+def _make_pool(mode: "Mode", engine_args: dict[str, Any], workers: int) -> "EnginePool":
+    try:
+        import ray  # noqa: F401  # Ray is an optional dependency
+    except ModuleNotFoundError:
+        raise UsageError("--workers: needs Ray; run `pip install 'vllm-selfspec[ray]'`, or leave it out") from None
+    from vllm_selfspec.engine_pool import EnginePool
+
+    return EnginePool(mode, engine_args, workers)
+
+
+def _print_workers(report: dict[str, Any], console: "Console") -> None:
+    """Print a pool's report of one round, a line per worker."""
+    for worker in report["workers"]:
+        acceptance = "-" if worker["acceptance"] is None else f"{worker['acceptance']:.3f}"
+        console.print(
+            f"  worker {worker['worker_id']}: {worker['samples']} samples, {worker['generated_tokens']} tokens, "
+            f"γ {worker['draft_length']:.2f}, acceptance {acceptance}, utilisation {worker['utilisation']:.0%} "
+            f"(places filled {worker['occupancy']:.0%}), idle at the end {worker['idle_tail_s']:.2f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(
+        f"  tail {report['tail_s']:.2f} s ({report['tail_fraction']:.0%} of the round), {report['moved_samples']} "
+        f"samples moved to idle workers, {report['restarts']} restarts",
+        highlight=False,
+        soft_wrap=True,
     )
 
 

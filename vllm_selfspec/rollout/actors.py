@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -52,6 +53,7 @@ class RayCluster:
         self._engine_args = {"model": model, **engine_args}
         self._gpus = gpus_per_worker
         self._env = env
+        self._made = itertools.count()
         self._group: PlacementGroup | None = None
         self._own_ray = False
 
@@ -85,6 +87,8 @@ class RayCluster:
     def make_handle(self, worker_id: int) -> "RayHandle":
         """A new actor for place `worker_id`."""
         arguments = dict(self._engine_args)
+        # Engines with one seed draw the same noise: the same prompt on two workers would give the same sample twice.
+        arguments["seed"] = (arguments.get("seed") or 0) + next(self._made)
         options: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0}
         env = {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}
         if self._gpus:
