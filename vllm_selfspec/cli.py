@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "rollout",
         "Generate prompts x samples, plain and self-speculative, and compare.",
     ),
+    "bench": ("vllm_selfspec.commands.bench", "bench", "Compare ways of speculating with plain decoding."),
     "calibrate": (
         "vllm_selfspec.commands.calibrate",
         "calibrate",

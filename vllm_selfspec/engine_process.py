@@ -5,10 +5,12 @@ preloaded libraries that it wants, and Ctrl-C reaches this side only, which then
 
 The parent writes JSON lines to the child's standard input, and reads JSON lines from a pipe of its own; whatever vLLM
 prints goes to a log file. The child answers `generate` with one `sample` per finished sample and a closing `done`, and
-ends by itself when the parent is gone.
+ends by itself when the parent is gone. It answers `call` with the result of a function of this package that is given
+the engine; `prepare` is a function that runs before the engine is built.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import queue
@@ -33,13 +35,24 @@ _GRACE_SECONDS = 15.0
 class EngineProcess:
     """The parent's side: start an engine, have it generate, end it. A context manager."""
 
-    def __init__(self, name: str, engine_args: dict[str, Any], log_path: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        engine_args: dict[str, Any],
+        log_path: Path,
+        *,
+        prepare: tuple[str, dict[str, Any]] | None = None,
+        one_process: bool = False,
+    ) -> None:
         """Start the process; `wait_ready` tells when the engine is up.
 
         Args:
             name: what the user knows this engine by, for messages.
             engine_args: keyword arguments of `vllm.LLM`.
             log_path: file that gets everything the engine prints.
+            prepare: `module:function` and its keyword arguments, called before the engine is built.
+            one_process: have vLLM's scheduler and model run in that process too, not in processes below it, so that
+                `call` reaches them.
         """
         self.name = name
         self.log_path = log_path
@@ -51,7 +64,7 @@ class EngineProcess:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=_environment(engine_args),
+                env=_environment(engine_args, one_process),
                 pass_fds=[write_fd],
                 start_new_session=True,  # a Ctrl-C in the terminal must reach the parent alone
             )
@@ -60,7 +73,7 @@ class EngineProcess:
         self._buffer = b""
         self._selector = selectors.DefaultSelector()
         self._selector.register(read_fd, selectors.EVENT_READ)
-        self._send(engine_args)
+        self._send({"engine_args": engine_args, "prepare": prepare})
 
     def __enter__(self) -> "EngineProcess":
         return self
@@ -81,7 +94,8 @@ class EngineProcess:
         """Run all requests at once.
 
         Args:
-            requests: each with `id` (str) and `prompt` (str) or `messages` (list of role/content dicts).
+            requests: each with `id` (str) and one of `prompt` (str), `messages` (list of role/content dicts) and
+                `prompt_token_ids` (list of int).
             sampling: keyword arguments of `vllm.SamplingParams` that hold for all.
 
         Yields:
@@ -98,6 +112,20 @@ class EngineProcess:
             yield event
             if event["event"] == "done":
                 return
+
+    def call(self, function: str, **arguments: Any) -> Any:
+        """Run a function of this package beside the engine.
+
+        Args:
+            function: `module:name`; it is called with the child's `vllm.LLM` and the arguments.
+            arguments: what JSON can carry, as is the result.
+
+        Raises:
+            UsageError: when the function raises a ValueError.
+            EngineError: when it raises anything else, or the engine dies.
+        """
+        self._send({"call": function, "arguments": arguments})
+        return self._receive("result")["result"]
 
     def stop(self) -> None:
         """End the engine and everything that it started; safe to call twice."""
@@ -154,12 +182,14 @@ class EngineProcess:
         return EngineError(f"the {self.name} engine failed: {reason} (log: {self.log_path})")
 
 
-def _environment(engine_args: dict[str, Any]) -> dict[str, str]:
+def _environment(engine_args: dict[str, Any], one_process: bool) -> dict[str, str]:
     env = dict(os.environ) | engine_environment()
     env.pop("VLLM_SELFSPEC", None)  # the arguments alone say which engine this is; a plain one stays plain
     if is_cpu_platform():
         # Idle OpenMP threads of one engine would otherwise spin on the cores that another one needs.
         env.setdefault("KMP_BLOCKTIME", "1")
+    if one_process:
+        env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if Path(engine_args["model"]).is_dir():
         env.setdefault("HF_HUB_OFFLINE", "1")
     return env
@@ -180,10 +210,13 @@ def _root_cause(log_path: Path) -> str | None:
 def _main() -> None:
     events = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
     commands: queue.Queue[dict[str, Any] | None] = queue.Queue()
-    engine_args = json.loads(sys.stdin.readline())
+    order = json.loads(sys.stdin.readline())
     threading.Thread(target=_read_commands, args=(commands,), daemon=True).start()
     try:
-        _serve(engine_args, commands, events)
+        if order["prepare"] is not None:
+            function, arguments = order["prepare"]
+            _function(function)(**arguments)
+        _serve(order["engine_args"], commands, events)
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:
@@ -215,7 +248,15 @@ def _serve(engine_args: dict[str, Any], commands: "queue.Queue[dict[str, Any] | 
     _warm_up(llm)
     _emit(events, event="ready", seconds=time.monotonic() - started)
     while (command := commands.get()) is not None:
-        _generate(llm, command["requests"], command["sampling"], events)
+        if "call" in command:
+            _emit(events, event="result", result=_function(command["call"])(llm, **command["arguments"]))
+        else:
+            _generate(llm, command["requests"], command["sampling"], events)
+
+
+def _function(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _warm_up(llm: Any) -> None:
@@ -232,7 +273,7 @@ def _generate(llm: Any, requests: list[dict[str, Any]], sampling: dict[str, Any]
 
     engine = llm.llm_engine
     params = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
-    prompts = [_token_ids(llm, request) for request in requests]
+    prompts = [prompt_token_ids(llm, request) for request in requests]
     # Every round starts without what an earlier one left in the prefix cache.
     llm.reset_prefix_cache()
     started = time.monotonic()
@@ -290,9 +331,16 @@ class _Timeline:
         self._next = seconds + self._interval
 
 
-def _token_ids(llm: Any, request: dict[str, Any]) -> list[int]:
-    tokenizer = llm.get_tokenizer()
-    if "prompt" in request:
+def prompt_token_ids(llm: Any, request: dict[str, Any]) -> list[int]:
+    """The tokens of a request's prompt.
+
+    Raises:
+        ValueError: when the model has no chat template for `messages`, or the prompt is too long for the engine.
+    """
+    tokenizer = llm.get_tokenizer() if "prompt_token_ids" not in request else None
+    if tokenizer is None:
+        token_ids = request["prompt_token_ids"]
+    elif "prompt" in request:
         token_ids = tokenizer.encode(request["prompt"])
     else:
         if tokenizer.chat_template is None:

@@ -1,7 +1,8 @@
 """Stands in for vLLM in an engine process: answers every request with the same few tokens, or misbehaves on order.
 
 `model` in the engine's arguments says what happens: `ok`, `refuse` (a ValueError at start), `die` (the process ends in
-the middle of the second generation), `slow` (a sample takes 50 ms), `child` (leaves a process of its own behind).
+the middle of the second generation), `slow` (a sample takes 50 ms), `child` (leaves a process of its own behind). A
+draft model of such a name makes the engine that speculates with it behave so.
 """
 
 import os
@@ -18,7 +19,8 @@ class SamplingParams:
 
 class LLM:
     def __init__(self, model, speculative_config=None, **options):
-        self.behaviour = model.rpartition("/")[2]
+        draft_model = (speculative_config or {}).get("model")
+        self.behaviour = (draft_model or model).rpartition("/")[2]
         print("engine output that must not reach the caller", flush=True)
         if self.behaviour == "refuse":
             raise ValueError("drafter.exit_layer is 99, but the model has 4 layers: set it between 1 and 3.")
@@ -34,6 +36,10 @@ class LLM:
 
     def generate(self, prompts, params, use_tqdm):
         """The warm-up."""
+
+    def collective_rpc(self, method):
+        """A worker's method, which leaves a word in the log."""
+        print(f"worker method: {method}", flush=True)
 
     def reset_prefix_cache(self):
         self.generations += 1

@@ -1,0 +1,1 @@
+"""What `vllm-selfspec bench` measures, with whom it compares, and how it tells."""
