@@ -72,8 +72,8 @@ def rejection_sample(
     step = torch.arange(len(request)) - first[request]  # [N]
     drafts = draft_token_ids.long()
 
-    log_total = target_logits.logsumexp(dim=-1)  # [N]
-    p = (target_logits.gather(1, drafts[:, None])[:, 0] - log_total).exp()
+    target_probs = target_logits.softmax(dim=-1)  # [N, V]
+    p = target_probs.gather(1, drafts[:, None])[:, 0]
     q = draft_probs.gather(1, drafts[:, None])[:, 0]
     generators = sampling_metadata.generators
     u = torch.rand(len(request), dtype=torch.float64)
@@ -98,7 +98,7 @@ def rejection_sample(
     rejected = (~everything).nonzero()[:, 0]
     if len(rejected):
         rows = first[rejected] + accepted[rejected]
-        target = (target_logits[rows] - log_total[rows, None]).exp()
+        target = target_probs[rows]
         residual = (target - draft_probs[rows]).clamp_(min=0)
         # p = q but for rounding leaves no residual: then p itself is right.
         residual = torch.where(residual.sum(dim=1, keepdim=True) > 0, residual, target)
