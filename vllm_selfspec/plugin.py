@@ -163,7 +163,13 @@ IN_CPU_WORKERS = (
         "vllm.v1.sample.rejection_sampler:rejection_sample",
         "recovered tokens are drawn only where a draft was rejected",
         ("draft_token_ids", "num_draft_tokens", "max_spec_len", "draft_probs", "target_logits", "synthetic_mode"),
-        "vllm_selfspec.compat.cpu_rejection_sample:rejection_sample",
+        "vllm_selfspec.compat.cpu_sampling:rejection_sample",
+    ),
+    Seam(
+        "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler.forward_cpu",
+        "a token takes one random number, not one per vocabulary entry",
+        ("self", "logits", "generators", "k", "p"),
+        "vllm_selfspec.compat.cpu_sampling:sample",
     ),
 )
 
@@ -230,7 +236,7 @@ def create_speculative_config(
             f"scheduler_cls is {self.scheduler_cls!r}, but method selfspec brings its own: remove one of the two."
         )
     self.scheduler_cls = "vllm_selfspec.scheduler.build_scheduler"
-    return build(settings, target_model_config, target_parallel_config)
+    return build(settings, target_model_config, target_parallel_config, enable_lora=self.enable_lora)
 
 
 def requested_settings(engine_args: Any) -> SelfSpecConfig | None:
