@@ -33,15 +33,17 @@ class Seam:
         why: what the wrapper adds.
         parameters: parameter names the original must have, in any order.
         wrapper: `module:function` of selfspec; called as `wrapper(original, *args, **kwargs)`.
+        needed: `module:function` that finds out by behaviour whether the original wants mending; None: always.
     """
 
     target: str
     why: str
     parameters: tuple[str, ...]
     wrapper: str
+    needed: str | None = None
 
     def apply(self) -> None:
-        """Wrap the target once.
+        """Wrap the target, once, where it is needed.
 
         Raises:
             SeamError: if the target is missing or takes other parameters than expected.
@@ -57,7 +59,8 @@ class Seam:
             raise SeamError(
                 f"{self.target} takes no {', '.join(sorted(missing))} in this vLLM: install vllm {SUPPORTED_VLLM}."
             )
-        setattr(owner, name, _wrapped(original, self))
+        if self.needed is None or _function(self.needed)():
+            setattr(owner, name, _wrapped(original, self))
 
 
 def _wrapped(original: Callable[..., Any], seam: Seam) -> Callable[..., Any]:
@@ -67,8 +70,7 @@ def _wrapped(original: Callable[..., Any], seam: Seam) -> Callable[..., Any]:
 
     @functools.cache
     def wrapper() -> Callable[..., Any]:
-        owner, name = _owner(seam.wrapper)
-        return getattr(owner, name)
+        return _function(seam.wrapper)
 
     call._selfspec_seam = seam.target  # type: ignore[attr-defined]  # marks the wrapper, so that it is applied once
     return call
@@ -81,6 +83,12 @@ def _owner(path: str) -> tuple[Any, str]:
     for parent in parents:
         owner = getattr(owner, parent)
     return owner, name
+
+
+def _function(path: str) -> Callable[..., Any]:
+    owner, name = _owner(path)
+    function: Callable[..., Any] = getattr(owner, name)
+    return function
 
 
 EVERYWHERE = (
@@ -152,6 +160,40 @@ IN_WORKERS = (
     ),
 )
 
+TIED_LM_HEAD = Seam(
+    "vllm.model_executor.model_loader.reload.layerwise:finalize_layerwise_processing",
+    "a tied LM head computes from the new weights after a layerwise reload on CPU",
+    ("model",),
+    "vllm_selfspec.compat.tied_lm_head:finalize",
+    needed="vllm_selfspec.compat.tied_lm_head:broken",
+)
+
+MENDS = (
+    TIED_LM_HEAD,
+    Seam(
+        "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+        "temperature, top-k and top-p of speculated tokens are initialised on CPU",
+        ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
+        "vllm_selfspec.compat.cpu_expand:expand_batch_to_tokens",
+        needed="vllm_selfspec.compat.cpu_expand:broken",
+    ),
+    Seam(
+        "vllm.v1.sample.rejection_sampler:apply_top_k_top_p",
+        "top-k of no rows is no error on CPU",
+        ("logits", "k", "p"),
+        "vllm_selfspec.compat.cpu_empty_top_k:apply_top_k_top_p",
+        needed="vllm_selfspec.compat.cpu_empty_top_k:broken",
+    ),
+    Seam(
+        "vllm.v1.sample.sampler:Sampler.apply_logits_processors",
+        "min_tokens counts the drafts before a bonus token",
+        ("self", "logits", "sampling_metadata", "predict_bonus_token"),
+        "vllm_selfspec.compat.min_tokens_bonus:apply_logits_processors",
+        needed="vllm_selfspec.compat.min_tokens_bonus:broken",
+    ),
+)
+"""Upstream faults, in workers: applied where the fault is found."""
+
 IN_CPU_WORKERS = (
     Seam(
         "vllm.compilation.decorators:_try_load_aot_compiled_fn",
@@ -211,14 +253,10 @@ def worker_init(original: Callable[..., None], self: Any, vllm_config: Any, *arg
     if isinstance(getattr(vllm_config.speculative_config, "selfspec", None), SelfSpecConfig):
         from vllm.platforms import current_platform
 
-        for seam in IN_WORKERS + (IN_CUDA_WORKERS if current_platform.is_cuda() else IN_CPU_WORKERS):
+        for seam in IN_WORKERS + MENDS + (IN_CUDA_WORKERS if current_platform.is_cuda() else IN_CPU_WORKERS):
             seam.apply()
         for name, path in WORKER_METHODS.items():
-            owner, function = _owner(path)
-            setattr(_owner(f"vllm.v1.worker.gpu_worker:Worker.{name}")[0], name, getattr(owner, function))
-        from vllm_selfspec import compat
-
-        compat.apply()
+            setattr(_owner(f"vllm.v1.worker.gpu_worker:Worker.{name}")[0], name, _function(path))
     original(self, vllm_config, *args, **kwargs)
 
 

@@ -23,8 +23,12 @@ STAND_INS = """
 from vllm.platforms import current_platform
 current_platform.register_triton_kernel_overrides()
 from vllm.v1.sample import rejection_sampler
-from vllm_selfspec import compat
 from vllm_selfspec.compat import cpu_expand
+from vllm_selfspec.plugin import MENDS
+
+def mend():
+    for seam in MENDS:
+        seam.apply()
 """
 
 
@@ -33,13 +37,14 @@ def test_fault_is_found_and_mended() -> None:
         STAND_INS
         + """
 print(">", cpu_expand.broken())
-compat.apply()
-print(">", cpu_expand.broken(), rejection_sampler.expand_batch_to_tokens is cpu_expand.expand_batch_to_tokens)
-compat.apply()
+mend()
+mended = rejection_sampler.expand_batch_to_tokens
 print(">", cpu_expand.broken())
+mend()
+print(">", rejection_sampler.expand_batch_to_tokens is mended)
 """
     )
-    assert printed == ["True", "False True", "False"]
+    assert printed == ["True", "False", "True"]
 
 
 def test_sound_function_is_left_alone() -> None:
@@ -56,7 +61,7 @@ def sound(x, cu_num_tokens, num_tokens, replace_from=0, replace_to=0):
     return out
 rejection_sampler.expand_batch_to_tokens = sound
 print(">", cpu_expand.broken())
-compat.apply()
+mend()
 print(">", rejection_sampler.expand_batch_to_tokens is sound)
 """
     )
@@ -70,10 +75,10 @@ def test_empty_top_k_is_found_and_mended() -> None:
 import torch
 from vllm_selfspec.compat import cpu_empty_top_k
 print(">", cpu_empty_top_k.broken())
-compat.apply()
+mend()
 mended = rejection_sampler.apply_top_k_top_p
 print(">", cpu_empty_top_k.broken())
-compat.apply()
+mend()
 print(">", rejection_sampler.apply_top_k_top_p is mended)
 logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
 print(">", mended(logits.clone(), torch.tensor([2], dtype=torch.int32), None).tolist())
@@ -89,10 +94,10 @@ def test_min_tokens_before_the_bonus_token_is_found_and_mended() -> None:
 from vllm.v1.sample.sampler import Sampler
 from vllm_selfspec.compat import min_tokens_bonus
 print(">", min_tokens_bonus.broken())
-compat.apply()
+mend()
 mended = Sampler.apply_logits_processors
 print(">", min_tokens_bonus.broken())
-compat.apply()
+mend()
 print(">", Sampler.apply_logits_processors is mended)
 """
     )
@@ -103,7 +108,7 @@ print(">", Sampler.apply_logits_processors is mended)
 def test_expand_batch_to_tokens(dtype: torch.dtype) -> None:
     x = torch.tensor([5, 0, 2, 9], dtype=dtype)
     ends = torch.tensor([3, 3, 4, 6], dtype=torch.int32)
-    expanded = cpu_expand.expand_batch_to_tokens(x, ends, 6)
+    expanded = cpu_expand.expand_batch_to_tokens(None, x, ends, 6)
     assert expanded.dtype == dtype
     assert expanded.tolist() == [5, 5, 5, 2, 9, 9]
 
@@ -111,5 +116,5 @@ def test_expand_batch_to_tokens(dtype: torch.dtype) -> None:
 def test_expand_batch_to_tokens_replaces() -> None:
     x = torch.tensor([0.0, 0.7, 0.0])
     ends = torch.tensor([2, 3, 4], dtype=torch.int32)
-    expanded = cpu_expand.expand_batch_to_tokens(x, ends, 4, replace_from=0, replace_to=1)
+    expanded = cpu_expand.expand_batch_to_tokens(None, x, ends, 4, replace_from=0, replace_to=1)
     torch.testing.assert_close(expanded, torch.tensor([1.0, 1.0, 0.7, 1.0]))

@@ -25,6 +25,7 @@ from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
 from vllm_selfspec.compat import tied_lm_head
+from vllm_selfspec.plugin import TIED_LM_HEAD
 from vllm_selfspec.rollout import register_weight_transfer
 from vllm_selfspec.rollout.transfer import FileTrainerInitInfo
 from vllm_selfspec.rollout.weights import BACKEND
@@ -185,17 +186,17 @@ def test_the_mend_is_applied_only_where_it_is_needed(monkeypatch: pytest.MonkeyP
     from vllm.model_executor.model_loader.reload import layerwise
 
     wrapped = layerwise.finalize_layerwise_processing
-    original = getattr(wrapped, "_selfspec_original", wrapped)
+    original = getattr(wrapped, "__wrapped__", wrapped)
     monkeypatch.setattr(layerwise, "finalize_layerwise_processing", original)
     assert tied_lm_head.broken()
     monkeypatch.setattr(tied_lm_head, "broken", lambda: False)
-    tied_lm_head.apply()
+    TIED_LM_HEAD.apply()
     assert layerwise.finalize_layerwise_processing is original
     monkeypatch.undo()
     monkeypatch.setattr(layerwise, "finalize_layerwise_processing", original)
-    tied_lm_head.apply()
+    TIED_LM_HEAD.apply()
     once = layerwise.finalize_layerwise_processing
-    tied_lm_head.apply()
+    TIED_LM_HEAD.apply()
     assert layerwise.finalize_layerwise_processing is once is not original
     assert not tied_lm_head.broken()
 

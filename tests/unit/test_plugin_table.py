@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from vllm_selfspec.plugin import EVERYWHERE, IN_CPU_WORKERS, IN_CUDA_WORKERS, IN_WORKERS, Seam, SeamError
+from vllm_selfspec.plugin import EVERYWHERE, IN_CPU_WORKERS, IN_CUDA_WORKERS, IN_WORKERS, MENDS, Seam, SeamError
 
 
 @pytest.fixture
@@ -33,6 +33,13 @@ def test_a_seam_wraps_once_however_often_it_is_applied(toy: types.ModuleType):
     assert toy.Engine.step.__name__ == "step"
 
 
+@pytest.mark.parametrize("needed", [True, False])
+def test_a_mend_is_applied_only_where_it_is_needed(toy: types.ModuleType, needed: bool):
+    toy.broken = lambda: needed
+    Seam("toy:Engine.step", "test", ("self", "tokens"), "toy:add_one", needed="toy:broken").apply()
+    assert toy.Engine().step(4) == 4 + needed
+
+
 def test_a_missing_target_is_named(toy: types.ModuleType):
     with pytest.raises(SeamError, match=r"toy:Engine\.gone"):
         Seam("toy:Engine.gone", "test", (), "toy:add_one").apply()
@@ -46,7 +53,7 @@ def test_another_signature_is_refused_and_left_alone(toy: types.ModuleType):
 
 
 def test_the_table_says_what_each_seam_is_for():
-    seams = (*EVERYWHERE, *IN_WORKERS, *IN_CPU_WORKERS, *IN_CUDA_WORKERS)
+    seams = (*EVERYWHERE, *IN_WORKERS, *IN_CPU_WORKERS, *IN_CUDA_WORKERS, *MENDS)
     targets = [seam.target for seam in seams]
     assert len(targets) == len(set(targets)) > 8
     assert all(seam.why and seam.wrapper.startswith("vllm_selfspec.") for seam in seams)

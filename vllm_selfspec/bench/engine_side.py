@@ -12,9 +12,10 @@ class MendableWorker:
 
     def selfspec_mend(self) -> None:
         """Apply this package's mends of upstream faults in the worker's process."""
-        from vllm_selfspec import compat
+        from vllm_selfspec.plugin import MENDS
 
-        compat.apply()
+        for mend in MENDS:
+            mend.apply()
 
 
 def mend(llm: Any) -> None:

@@ -9,6 +9,8 @@ Mend: no rows are left as they are. Goes when vLLM's own function passes `broken
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -27,15 +29,8 @@ def broken() -> bool:
     return False
 
 
-def apply() -> None:
-    """Wrap vLLM's function where it is broken."""
-    if not broken():
-        return
-    from vllm.v1.sample import rejection_sampler
-
-    original = rejection_sampler.apply_top_k_top_p
-
-    def apply_top_k_top_p(logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | None) -> torch.Tensor:
-        return original(logits, k, p) if logits.shape[0] else logits
-
-    rejection_sampler.apply_top_k_top_p = apply_top_k_top_p
+def apply_top_k_top_p(
+    original: Callable[..., torch.Tensor], logits: torch.Tensor, k: torch.Tensor | None, p: torch.Tensor | None
+) -> torch.Tensor:
+    """vLLM's function for logits [N, V], which it never sees with N = 0."""
+    return original(logits, k, p) if logits.shape[0] else logits

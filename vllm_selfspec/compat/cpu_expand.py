@@ -26,11 +26,17 @@ def broken() -> bool:
 
 
 def expand_batch_to_tokens(
-    x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    original: object,
+    x: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
+    num_tokens: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
 ) -> torch.Tensor:
     """Repeat each request's value for each of its tokens.
 
     Args:
+        original: vLLM's function, which is not called.
         x: [batch_size] values.
         cu_num_tokens: [batch_size] cumulative token counts.
         num_tokens: their total.
@@ -43,11 +49,3 @@ def expand_batch_to_tokens(
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
     expanded = torch.repeat_interleave(x, counts, output_size=num_tokens)
     return torch.where(expanded == replace_from, replace_to, expanded).to(x.dtype)
-
-
-def apply() -> None:
-    """Replace vLLM's function where it is broken."""
-    if broken():
-        from vllm.v1.sample import rejection_sampler
-
-        rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens

@@ -10,7 +10,7 @@ Goes when vLLM's own sampler passes `broken()`.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,40 +50,35 @@ def broken() -> bool:
     return bool(torch.isneginf(logits[0, stop]))
 
 
-def apply() -> None:
-    """Wrap vLLM's sampler where it is broken."""
-    if not broken():
-        return
+def apply_logits_processors(
+    original: Callable[..., torch.Tensor],
+    self: Any,
+    logits: torch.Tensor,
+    sampling_metadata: Any,
+    predict_bonus_token: bool,
+) -> torch.Tensor:
+    """vLLM's sampler method, with the mask of `min_tokens` as it stands behind the drafts."""
     from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
-    from vllm.v1.sample.sampler import Sampler
 
-    original = Sampler.apply_logits_processors
-
-    @functools.wraps(original)
-    def apply_logits_processors(
-        self: Any, logits: torch.Tensor, sampling_metadata: Any, predict_bonus_token: bool
-    ) -> torch.Tensor:
-        drafts = sampling_metadata.spec_token_ids
-        if not predict_bonus_token or not drafts:
-            return original(self, logits, sampling_metadata, predict_bonus_token)
-        masks = []
-        for processor in sampling_metadata.logitsprocs.non_argmax_invariant:
-            if isinstance(processor, MinTokensLogitsProcessor) and processor.min_toks:
-                masks.append((processor, processor.logits_slice, processor.restore_logits_slice))
-                reached = [
-                    row
-                    for row, (min_tokens, output, *_) in processor.min_toks.items()
-                    if len(output) + len(drafts[row]) >= min_tokens
-                ]
-                processor.logits_slice = _without(processor.logits_slice, reached)
-                processor.restore_logits_slice = _without(processor.restore_logits_slice, reached)
-        try:
-            return original(self, logits, sampling_metadata, predict_bonus_token)
-        finally:
-            for processor, mask, restored in masks:
-                processor.logits_slice, processor.restore_logits_slice = mask, restored
-
-    Sampler.apply_logits_processors = apply_logits_processors
+    drafts = sampling_metadata.spec_token_ids
+    if not predict_bonus_token or not drafts:
+        return original(self, logits, sampling_metadata, predict_bonus_token)
+    masks = []
+    for processor in sampling_metadata.logitsprocs.non_argmax_invariant:
+        if isinstance(processor, MinTokensLogitsProcessor) and processor.min_toks:
+            masks.append((processor, processor.logits_slice, processor.restore_logits_slice))
+            reached = [
+                row
+                for row, (min_tokens, output, *_) in processor.min_toks.items()
+                if len(output) + len(drafts[row]) >= min_tokens
+            ]
+            processor.logits_slice = _without(processor.logits_slice, reached)
+            processor.restore_logits_slice = _without(processor.restore_logits_slice, reached)
+    try:
+        return original(self, logits, sampling_metadata, predict_bonus_token)
+    finally:
+        for processor, mask, restored in masks:
+            processor.logits_slice, processor.restore_logits_slice = mask, restored
 
 
 def _without(mask: tuple[torch.Tensor, torch.Tensor], rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

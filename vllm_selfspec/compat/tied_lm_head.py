@@ -8,13 +8,13 @@ Cause: on CPU a linear layer computes from a packed copy of its weight (`layer.c
 loads, packs and copies the embedding only: the head's `weight` is the embedding's and new, its pack is old.
 Mend: after the reload, give a head that shares its weight with an embedding the embedding's pack, which was made from
 the new weight. That costs nothing and frees the head's own. No other layer is touched, nor any without `cpu_linear`.
-Goes when vLLM packs tied heads again itself, that is when `broken()` is False without `apply()`.
+Goes when vLLM packs tied heads again itself, that is when `broken()` is False without the seam.
 """
 
 from __future__ import annotations
 
-import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,19 +75,7 @@ def broken() -> bool:
     return not torch.allclose(logits, torch.full((1, 64), 64.0))
 
 
-def apply() -> None:
-    """Wrap vLLM's end of a layerwise reload where it is broken. May be called again."""
-    from vllm.model_executor.model_loader.reload import layerwise
-
-    # `finalize_layerwise_reload` is imported by name in many places, but looks this one up in its module.
-    original = layerwise.finalize_layerwise_processing
-    if hasattr(original, "_selfspec_original") or not broken():
-        return
-
-    @functools.wraps(original)
-    def finalize_layerwise_processing(model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        original(model, *args, **kwargs)
-        repack(model)
-
-    finalize_layerwise_processing._selfspec_original = original  # type: ignore[attr-defined]  # marks the wrapper
-    layerwise.finalize_layerwise_processing = finalize_layerwise_processing
+def finalize(original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    """vLLM's end of a layerwise reload, then `repack`."""
+    original(model, *args, **kwargs)
+    repack(model)

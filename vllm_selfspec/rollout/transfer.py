@@ -27,7 +27,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from vllm_selfspec.compat import tied_lm_head
+from vllm_selfspec.plugin import TIED_LM_HEAD
 from vllm_selfspec.rollout.weights import BACKEND, check_finite, read_index, save_state, weight_files
 
 
@@ -53,7 +53,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: torch.nn.Module
     ) -> None:
         super().__init__(config, vllm_config, device, model)
-        tied_lm_head.apply()
+        TIED_LM_HEAD.apply()
 
     def init_transfer_engine(self, init_info: FileInitInfo) -> None:
         pass
