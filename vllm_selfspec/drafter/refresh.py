@@ -100,7 +100,10 @@ class WeightTap:
         return self._states[layer]
 
     def watch(self, model: nn.Module) -> None:
-        """Notice every `model.load_weights` of the target from now on, and watch a few of its tensors."""
+        """Notice every `model.load_weights` of the target from now on, and watch a few of its tensors.
+
+        Called once the drafter is made of the target's present weights.
+        """
         load_weights = model.load_weights
 
         @functools.wraps(load_weights)
@@ -112,6 +115,9 @@ class WeightTap:
         model.load_weights = watched
         visible = [p for p in model.parameters() if p.numel() >= FINGERPRINT_SAMPLES and p.is_floating_point()]
         self._watched = visible[:: max(1, len(visible) // FINGERPRINT_TENSORS)]
+        # The drafter was just made of these weights, so a write before the first proposal is noticed too.
+        self._fingerprint = self._read_fingerprint()
+        self._stale.clear()
 
     def begin_update(self) -> None:
         """An update session starts: layers captured from here on are fresh at its end."""
@@ -161,10 +167,16 @@ class WeightTap:
 
 @torch.inference_mode()
 def process_weights_after_loading(original: Callable[..., None], self: Any, layer: nn.Module) -> None:
-    """Wraps vLLM's `process_weights_after_loading` of unquantized linear layers and embeddings."""
+    """Wraps vLLM's `process_weights_after_loading` of unquantized linear layers and embeddings.
+
+    Some trainers fill layers and process them past `model.load_weights`. Everything is marked, not this layer alone:
+    vLLM processes an embedding, but not the LM head that is tied to it.
+    """
     tap = WeightTap.of(layer)
-    if tap is not None and layer.weight.device.type == "cpu":
-        tap.capture(layer)
+    if tap is not None:
+        tap.mark_stale()
+        if layer.weight.device.type == "cpu":
+            tap.capture(layer)
     original(self, layer)
 
 
