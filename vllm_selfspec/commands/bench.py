@@ -273,7 +273,8 @@ class _Bench:
             with _errors_of_peer(started=False):
                 engines["peer"] = stack.enter_context(self._start(peer.name, peer, shared=True))
                 pair.startup_seconds["peer"] = engines["peer"].wait_ready()
-                if mended:
+            if mended:
+                with _errors_of_peer(started=True):
                     engines["peer"].call("vllm_selfspec.bench.engine_side:mend")
             self.run.pairs.append(pair)
             for case in cases:
@@ -296,7 +297,9 @@ class _Bench:
                 with _errors_of_peer(started=True) if side == "peer" else contextlib.nullcontext():
                     pair.rounds.append(self._one_round(engines[side], side, index, case))
                 progress.advance(task)
-        self.console.print(f"{pair.peer}: {_case_text(case)}: {self._figures(pair.peer, case)}", highlight=False)
+        self.console.print(
+            f"{pair.peer}: {_case_text(case)}: {self._figures(pair.peer, case)}", highlight=False, soft_wrap=True
+        )
 
     def _one_round(self, engine: EngineProcess, side: Side, index: int, case: Case) -> Measured:
         from vllm_selfspec.bench.results import Measured
