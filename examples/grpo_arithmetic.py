@@ -1,12 +1,12 @@
-"""GRPO on a CPU, in one file: SmolLM2-135M learns to answer a sum with the number and nothing else.
+"""GRPO on a CPU, in one file: SmolLM2-135M learns to work out a sum in the form of one example.
 
     pip install 'vllm-selfspec[ray]'
     python examples/grpo_arithmetic.py --compare
 
 Ray workers roll out with self-speculative decoding, a plain PyTorch loop computes the GRPO loss (group-normalised
 advantages, clipped ratio to the log probabilities that came with the samples) and takes one AdamW step, and the new
-weights go back to every worker through vLLM's start / update / finish protocol. The reward is a rule: 1 for exactly the
-right number, 0.5 for just a number, 0.2 for the right number somewhere in a longer answer.
+weights go back to every worker through vLLM's start / update / finish protocol. The reward is a rule: half for the form
+"8+6=14, so it is 14.", a quarter for each of its two numbers that is right.
 
 `--compare` trains a second policy with the same seeds and data whose workers decode plainly. The two take turns step by
 step, so a machine whose speed drifts treats them alike. Two sign-flip tests ask whether their rewards differ:
@@ -45,12 +45,10 @@ CLIP = 0.2
 MICRO_BATCH = 16  # samples per forward pass of the trainer; one optimizer step takes them all
 
 
-def reward(answer: str, right: int) -> float:
+def reward(answer: str, a: int, b: int) -> float:
     """The verifiable reward of one answer."""
-    answer = answer.strip()
-    if re.fullmatch(r"\d+", answer):
-        return 1.0 if int(answer) == right else 0.5
-    return 0.2 if str(right) in re.findall(r"\d+", answer) else 0.0
+    found = re.fullmatch(rf"{a}\+{b}=(\d+), so it is (\d+)\.", answer.strip())
+    return 0.5 + 0.25 * sum(int(number) == a + b for number in found.groups()) if found else 0.0
 
 
 def problems(step: int, count: int, seed: int) -> list[tuple[int, int]]:
@@ -88,21 +86,14 @@ class Policy:
         self.writer = SampleWriter(args.out / f"samples-{name}.jsonl")
         self.steps: list[dict[str, Any]] = []
 
-    def prompt(self, a: int, b: int) -> list[int]:
-        """Token ids of one question, up to where the answer begins."""
-        messages = [
-            {"role": "system", "content": "Answer with a number."},
-            {"role": "user", "content": f"What is {a} + {b}?"},
-        ]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
     def step(self, index: int) -> None:
         """Roll out, train, send the weights; print and keep the figures of it."""
         args = self.args
         sums = problems(index, args.prompts, args.seed)
-        prompts = [self.prompt(a, b) for a, b in sums]
-        sampling = {"temperature": 1.0, "max_tokens": args.max_tokens, "logprobs": 0}
+        prompts = [self.tokenizer.encode(f"4+3: 4+3=7, so it is 7.\n{a}+{b}:") for a, b in sums]
+        # A stop token, not a stop string: a draft brings several tokens at once, and those after a string would stay.
+        stop = self.tokenizer.encode("\n")
+        sampling = {"temperature": 1.0, "max_tokens": args.max_tokens, "stop_token_ids": stop, "logprobs": 0}
         stream = self.pool.generate(prompts, args.n, sampling)
         samples: list[Sample] = []
         for sample in stream:
@@ -110,16 +101,15 @@ class Policy:
             samples.append(sample)
         report = stream.report
         samples.sort(key=lambda sample: (sample.prompt_index, sample.sample_index))
-        rewards = np.array([reward(sample.text or "", sum(sums[sample.prompt_index])) for sample in samples])
+        rewards = np.array([reward(sample.text or "", *sums[sample.prompt_index]) for sample in samples])
         rewards = rewards.reshape(args.prompts, args.n)
 
         began = time.perf_counter()
         gap = self.train([prompts[sample.prompt_index] for sample in samples], samples, advantages(rewards).flatten())
         train_seconds = time.perf_counter() - began
         began = time.perf_counter()
-        # bfloat16 is what the workers compute in. The LM head is tied to the embedding, which is sent under its name.
-        state = {name: tensor.to(torch.bfloat16) for name, tensor in self.model.state_dict().items()}
-        self.pool.set_weights(state, version=index + 1)
+        # `named_parameters` lists the tied LM head once, as the embedding.
+        self.pool.set_weights(dict(self.model.named_parameters()), version=index + 1)
         acceptance, draft_length = speculation(report)
         self.steps.append(
             {
@@ -144,8 +134,8 @@ class Policy:
         """One optimizer step of GRPO on all samples.
 
         Returns:
-            Mean |trainer's - worker's| log probability per token before the step. It stays at the rounding of bfloat16
-            only if the workers sample from the very weights that are trained here.
+            Mean |trainer's - worker's| log probability per token before the step. It stays at rounding noise only if
+            the workers sample from the very weights that are trained here.
         """
         gaps: list[torch.Tensor] = []
         for first in range(0, len(samples), MICRO_BATCH):
@@ -238,10 +228,10 @@ def save(policies: list[Policy], args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--prompts", type=int, default=6, help="sums per step")
+    parser.add_argument("--prompts", type=int, default=2, help="sums per step")
     parser.add_argument("--n", type=int, default=8, help="samples per sum (the group)")
-    parser.add_argument("--max-tokens", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=1e-5, help="of AdamW, constant")
+    parser.add_argument("--max-tokens", type=int, default=20)
+    parser.add_argument("--lr", type=float, default=2e-5, help="of AdamW, constant")
     parser.add_argument("--workers", type=int, default=2, help="vLLM engines; on a CPU they share the cores")
     parser.add_argument("--batch", type=int, default=8, help="samples that one worker decodes at once (max_num_seqs)")
     parser.add_argument("--speculative-config", type=json.loads, default=SPECULATIVE, metavar="JSON", help="vLLM's")
@@ -256,6 +246,8 @@ def main() -> None:
     engine = {
         "max_model_len": 256,
         "max_num_seqs": args.batch,
+        # As the trainer: rounded to bfloat16, steps this small are lost and the workers stay where they were.
+        "dtype": "float32",
         "enforce_eager": True,  # a compiled engine is faster, but its first start takes minutes
         "kv_cache_memory_bytes": 1 << 28,
         "seed": args.seed,

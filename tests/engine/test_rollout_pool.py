@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import gc
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,7 +23,13 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
-from vllm_selfspec.rollout import InvalidRequestError, RolloutPool, Sample, WeightUpdateError  # noqa: E402
+from vllm_selfspec.rollout import (  # noqa: E402
+    DummyWorker,
+    InvalidRequestError,
+    RolloutPool,
+    Sample,
+    WeightUpdateError,
+)
 
 ENGINE = {
     "skip_tokenizer_init": True,
@@ -227,3 +235,20 @@ def test_a_thousand_samples_survive_three_real_kills(pool: RolloutPool, expected
     for pid in engines - alive:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_shutdown_ends_an_update_that_is_under_way() -> None:
+    """As Ctrl-C in a trainer leaves it: whoever waits for the update must not wait for ever."""
+    loading = threading.Event()
+
+    class Stuck(DummyWorker):
+        async def _load(self, path: str, version: int) -> None:
+            loading.set()
+            await asyncio.sleep(3600)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        with RolloutPool(make_handle=Stuck) as pool:
+            update = threads.submit(pool.set_weights, {"weight": torch.zeros(2)}, 1)
+            assert loading.wait(60)
+        with pytest.raises(concurrent.futures.CancelledError):
+            update.result(60)

@@ -715,6 +715,11 @@ class RolloutPool:
     ) -> None:
         if running not in ("wait", "restart"):
             raise InvalidRequestError(f"running: {running!r} is unknown; pass 'wait' or 'restart'")
+        # So that a shutdown ends it: nobody may be waiting for it any more (Ctrl-C in `set_weights`).
+        this = asyncio.current_task()
+        assert this is not None
+        self._tasks.add(this)
+        this.add_done_callback(self._tasks.discard)
         async with self._update_lock:
             previous = self._version
             if version == previous.version or version < 0:
