@@ -23,7 +23,7 @@ os.environ.setdefault(
 )
 
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import AutoTokenizer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
 from vllm import LLM
@@ -50,28 +50,20 @@ def cpu_shims() -> dict[str, bool]:
     return {"use_cpu": True, "bf16": False}
 
 
-def reward(completions: list[list[dict[str, str]]], right: list[int], **_: object) -> list[float]:
-    """1 for exactly the right number, 0.5 for just a number, 0.2 for the right one somewhere in a longer answer."""
+def reward(completions: list[str], a: list[int], b: list[int], **_: object) -> list[float]:
+    """Half for the form "8+6=14, so it is 14.", a quarter for each of its two numbers that is right."""
     rewards = []
-    for (message,), number in zip(completions, right, strict=True):
-        answer = message["content"].strip()
-        if re.fullmatch(r"\d+", answer):
-            rewards.append(1.0 if int(answer) == number else 0.5)
-        else:
-            rewards.append(0.2 if str(number) in re.findall(r"\d+", answer) else 0.0)
+    for answer, x, y in zip(completions, a, b, strict=True):
+        found = re.fullmatch(rf"{x}\+{y}=(\d+), so it is (\d+)\.", answer.strip())
+        rewards.append(0.5 + 0.25 * sum(int(number) == x + y for number in found.groups()) if found else 0.0)
     return rewards
 
 
 def sums() -> Dataset:
-    """All sums of two one-digit numbers, as conversations."""
-    system = {"role": "system", "content": "Answer with a number."}
-    return Dataset.from_list(
-        [
-            {"prompt": [system, {"role": "user", "content": f"What is {a} + {b}?"}], "right": a + b}
-            for a in range(1, 10)
-            for b in range(1, 10)
-        ]
-    )
+    """All sums of two one-digit numbers, each after an example of the form."""
+    numbers = range(1, 10)
+    rows = [{"prompt": f"4+3: 4+3=7, so it is 7.\n{a}+{b}:", "a": a, "b": b} for a in numbers for b in numbers]
+    return Dataset.from_list(rows)
 
 
 class Acceptance(TrainerCallback):
@@ -112,15 +104,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
 
+    model = resolve_model(args.model, print)
     config = GRPOConfig(
         output_dir="runs/trl",
         max_steps=args.steps,
-        learning_rate=1e-5,
+        learning_rate=2e-5,
         lr_scheduler_type="constant",
         per_device_train_batch_size=8,
-        gradient_accumulation_steps=4,
+        gradient_accumulation_steps=2,
         num_generations=8,
-        max_completion_length=16,
+        max_completion_length=20,
+        generation_kwargs={"stop_token_ids": AutoTokenizer.from_pretrained(model).encode("\n")},
         use_vllm=True,
         vllm_mode="colocate",
         vllm_max_model_length=256,
@@ -133,7 +127,6 @@ def main() -> None:
         **(cpu_shims() if is_cpu_platform() else {}),
     )
     callback = Acceptance()
-    model = resolve_model(args.model, print)
     trainer = GRPOTrainer(model, reward, config, train_dataset=sums(), callbacks=[callback])
     callback.llm = trainer.vllm_generation.llm
     trainer.train()
