@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=8, help="samples per sum (the group)")
     parser.add_argument("--max-tokens", type=int, default=20)
     parser.add_argument("--lr", type=float, default=2e-5, help="of AdamW, constant")
-    parser.add_argument("--workers", type=int, default=2, help="vLLM engines; on a CPU they share the cores")
+    parser.add_argument("--workers", type=int, default=1, help="vLLM engines; on a CPU they share the cores")
     parser.add_argument("--batch", type=int, default=8, help="samples that one worker decodes at once (max_num_seqs)")
     parser.add_argument("--speculative-config", type=json.loads, default=SPECULATIVE, metavar="JSON", help="vLLM's")
     parser.add_argument("--compare", action="store_true", help="train a second policy without selfspec beside it")
@@ -249,7 +249,6 @@ def main() -> None:
         # As the trainer: rounded to bfloat16, steps this small are lost and the workers stay where they were.
         "dtype": "float32",
         "enforce_eager": True,  # a compiled engine is faster, but its first start takes minutes
-        "kv_cache_memory_bytes": 1 << 28,
         "seed": args.seed,
     }
     modes = {"selfspec": args.speculative_config} | ({"plain": None} if args.compare else {})
@@ -262,7 +261,8 @@ def main() -> None:
                 args.workers,
                 engine_args=engine,
                 speculative_config=config,
-                env={"KMP_BLOCKTIME": "1", "VLLM_SELFSPEC": "0"},  # the argument alone says whether to speculate
+                # The argument alone says whether to speculate. On a CPU the cache of each worker is 1 GiB.
+                env={"KMP_BLOCKTIME": "1", "VLLM_SELFSPEC": "0", "VLLM_CPU_KVCACHE_SPACE": "1"},
             )
             policies.append(Policy(name, stack.enter_context(pool), checkpoint, args))
         try:

@@ -19,6 +19,14 @@ from vllm_selfspec.results import RolloutRun
 def start(*options: str) -> "subprocess.Popen[str]":
     """Start the command in its own session, in an environment like a user's shell."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    cores = os.sched_getaffinity(0)
+
+    def prepare() -> None:
+        # A shell's background jobs, among which a test run may be, ignore SIGINT.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # Intel's OpenMP in this process pins what is forked from it to one core.
+        os.sched_setaffinity(0, cores)
+
     return subprocess.Popen(
         [sys.executable, "-m", "vllm_selfspec.cli", "rollout", "--enforce-eager", *options],
         stdout=subprocess.PIPE,
@@ -26,8 +34,7 @@ def start(*options: str) -> "subprocess.Popen[str]":
         text=True,
         env=environment,
         start_new_session=True,
-        # A shell's background jobs, among which a test run may be, ignore SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=prepare,
     )
 
 

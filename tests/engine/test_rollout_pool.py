@@ -8,6 +8,8 @@ import contextlib
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -235,6 +237,21 @@ def test_a_thousand_samples_survive_three_real_kills(pool: RolloutPool, expected
     for pid in engines - alive:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_what_a_worker_started_ends_with_it() -> None:
+    """A process that does not watch its parent, as vLLM's engine does while it is busy."""
+    code = (
+        "import os, subprocess; from vllm_selfspec.rollout.worker import RolloutWorker;"
+        "worker = RolloutWorker(0, {}, own_processes=True);"
+        "print(subprocess.Popen(['sleep', '600']).pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    output = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    pid = int(output.stdout)
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}/status").exists() and "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline, "a process outlived the worker that started it"
+        time.sleep(0.05)
 
 
 def test_a_shutdown_ends_an_update_that_is_under_way() -> None:

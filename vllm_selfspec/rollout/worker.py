@@ -450,7 +450,8 @@ def _kill_group_with_parent() -> IO[bytes]:
     """
     with contextlib.suppress(PermissionError):  # a session leader leads its group already
         os.setpgid(0, 0)
-    script = '(read _; kill -KILL -- "-$0" 2>/dev/null) <&0 >/dev/null 2>&1 &'
+    # A shell takes the standard input away from what it runs in the background, hence descriptor 3.
+    script = 'exec 3<&0; (read _ <&3; kill -s KILL -- "-$0") >/dev/null 2>&1 &'
     guard = subprocess.Popen(
         ["/bin/sh", "-c", script, str(os.getpgid(0))], stdin=subprocess.PIPE, start_new_session=True
     )
