@@ -14,7 +14,9 @@ measured at its start and the acceptance that was seen: predicted over measured 
 
 import argparse
 import json
+import math
 import os
+import random
 import statistics
 import time
 from typing import Any
@@ -30,10 +32,10 @@ from vllm_selfspec.provenance import provenance
 
 
 def main() -> None:
-    """Measure constant batches, then a rollout whose requests end at their own time."""
+    """Measure constant batches, then a rollout whose requests end one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--fixed", type=int, nargs="+", default=[1, 3, 5, 7])
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each request in the constant batches")
     parser.add_argument("--rollout-tokens", type=int, default=256, help="most tokens of a request in the rollout")
@@ -53,7 +55,7 @@ def main() -> None:
     profile = adaptive.times.cost_model
     prompts = embedded_prompts()
 
-    def run(mode: str, batch: int, params: SamplingParams) -> dict[str, Any]:
+    def run(mode: str, batch: int, params: SamplingParams | list[SamplingParams]) -> dict[str, Any]:
         scheduler._controller = modes[mode]
         chosen = [prompts[i % len(prompts)]["messages"] for i in range(batch)]
         llm.reset_prefix_cache()
@@ -71,7 +73,7 @@ def main() -> None:
     def tokens_per_second(recording: dict[str, Any]) -> float:
         return sum(recording["output_lengths"]) / recording["makespan"]
 
-    def compare(label: str, batch: int, params: SamplingParams) -> dict[str, Any]:
+    def compare(label: str, batch: int, params: SamplingParams | list[SamplingParams]) -> dict[str, Any]:
         for mode in modes:  # warm up: first use of a shape
             run(mode, batch, SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True))
         recordings: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
@@ -100,8 +102,13 @@ def main() -> None:
 
     params = SamplingParams(temperature=1.0, max_tokens=args.tokens, ignore_eos=True)
     results = [compare(f"B={batch}", batch, params) for batch in args.batches]
-    natural = SamplingParams(temperature=1.0, max_tokens=args.rollout_tokens)
-    results.append(compare("rollout of 16, natural lengths", 16, natural))
+    # The same long-tailed lengths for every mode: the end of a rollout is one request, and a longer one takes longer.
+    dice = random.Random(0)
+    lengths = [
+        min(args.rollout_tokens, round(dice.lognormvariate(math.log(args.rollout_tokens / 4), 0.8))) for _ in range(16)
+    ]
+    rollout = [SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=True) for length in lengths]
+    results.append(compare(f"rollout of 16, {min(lengths)} to {max(lengths)} tokens", 16, rollout))
     chosen = {str(k): v for k, v in sorted(adaptive.draft_lengths.items())}
     record = {"results": results, "adaptive_draft_lengths": chosen, "arguments": vars(args), **provenance()}
     with open(args.out, "w") as out:
