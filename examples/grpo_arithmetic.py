@@ -273,7 +273,11 @@ def main() -> None:
         except KeyboardInterrupt:
             print(f"interrupted: what is finished is in {args.out}")
     if len(policies) == 2 and all(policy.steps for policy in policies):
-        print(json.dumps(compare(policies, args.seed), indent=1))
+        result = compare(policies, args.seed)
+        verdict = "agree" if min(result["p_first_step"], result["p_all_steps"]) >= 0.01 else "differ"
+        print(
+            json.dumps(result, indent=1) + f"\nThe rewards with and without selfspec {verdict} (p < 0.01 would differ)."
+        )
     print(f"written to {args.out}")
 
 
