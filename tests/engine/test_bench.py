@@ -1,21 +1,19 @@
-"""`vllm-selfspec bench` on real engines: the time split of a cycle, and a pair as the command runs it."""
+"""What `vllm-selfspec bench` does inside engines: the time split of a cycle, and the mends of vLLM's own methods."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engines import engine
+from vllm.platforms import current_platform
+from vllm.v1.sample import rejection_sampler
 
-from vllm_selfspec.bench import cycles
-from vllm_selfspec.bench.results import BenchRun, Part
-from vllm_selfspec.models import DEFAULT_MODEL
+from vllm_selfspec.bench import cycles, engine_side
+from vllm_selfspec.bench.results import Part
+from vllm_selfspec.compat import cpu_expand
 
 PLAIN_PARTS = {"scheduler", "verify forward", "verify head", "rejection sampling", "output", "rest"}
 DRAFT_PARTS = {"draft forward", "draft head", "draft sampling"}
@@ -65,28 +63,19 @@ def test_time_split_of_selfspec(tiny: Callable[..., str]):
     assert parts["verify forward"].bytes_per_call == LAYERS * 4 * (LINEAR + NORMS)
 
 
-def test_a_pair_with_a_method_of_vllm(tmp_path: Path):
-    """Unmended, vLLM's own methods sample from uninitialised memory on CPU and accept hardly a draft."""
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt": "one two three four five six seven eight nine ten, " * 4}) + "\n")
-    options = ["--model", DEFAULT_MODEL, "--prompts", str(prompts), "--peers", "ngram@2,suffix", "--no-profile"]
-    options += ["--batches", "2", "--temperatures", "0.5", "--rounds", "1", "--max-tokens", "32", "--json"]
-    options += ["--enforce-eager", "--max-model-len", "256", "--out", str(tmp_path / "out")]
-    process = subprocess.run(
-        [sys.executable, "-m", "vllm_selfspec.cli", "bench", *options],
-        capture_output=True,
-        text=True,
-        env={name: value for name, value in os.environ.items() if not name.startswith("VLLM_")},
-    )
-    assert process.returncode == 0, process.stderr
-    run = BenchRun.load(tmp_path / "out" / "bench.json")
-    assert all(item.num_tokens == 2 * 32 for pair in run.pairs for item in pair.rounds)
-    (case,) = run.cases()
-    row = run.row("ngram@2", case)
-    assert row is not None
-    assert row.spec.acceptance_per_token is not None
-    assert row.spec.acceptance_per_token > 0.3
-    try:
-        import arctic_inference  # noqa: F401
-    except ImportError:
-        assert [item.peer for item in run.skipped] == ["suffix"]
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="the fault is one of the CPU backend")
+def test_methods_of_vllm_are_mended(tiny: Callable[..., str], monkeypatch: pytest.MonkeyPatch):
+    """The bench's extension gets into a worker without selfspec, and its mend reaches vLLM's functions there."""
+    monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", forgets_values)
+    ngram = {"method": "ngram", "num_speculative_tokens": 2}
+    with engine(tiny(), speculative_config=ngram, worker_extension_cls=engine_side.WORKER_EXTENSION) as llm:
+        assert cpu_expand.broken()
+        engine_side.mend(llm)
+        assert not cpu_expand.broken()
+
+
+def forgets_values(
+    x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> torch.Tensor:
+    """What vLLM's function does on CPU, without the luck of finding the right values in fresh memory."""
+    return torch.full((num_tokens,), -1.0, dtype=x.dtype)
