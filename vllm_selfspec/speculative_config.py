@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 
 from vllm_selfspec.config import ConfigError, SelfSpecConfig
 from vllm_selfspec.drafter.runner import choose_runner, every_draft_length
+from vllm_selfspec.plugin import register
 
 
 @config
@@ -42,6 +43,12 @@ class SelfSpecSpeculativeConfig(SpeculativeConfig):
         if current_platform.is_cuda() and self.selfspec.control.mode != "fixed":
             # vLLM sizes its CUDA graphs for the lengths in this table; the scheduler picks among them by its own rule.
             self.num_speculative_tokens_per_batch_size = every_draft_length(self.num_speculative_tokens)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # It arrives in a new process before that has loaded its plugins: vLLM does so inside the very constructor of
+        # the engine core that is to be wrapped.
+        register()
+        self.__dict__.update(state)
 
     def __repr__(self) -> str:
         return f"SpeculativeConfig({self.selfspec!r})"

@@ -17,6 +17,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_selfspec import plugin
 from vllm_selfspec.config import ConfigError
+from vllm_selfspec.control.cost_model import CostModel
 from vllm_selfspec.speculative_config import SelfSpecSpeculativeConfig
 
 PROMPT = random_prompt(20, 0)
@@ -40,14 +41,13 @@ def main():
     told = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     told = {"tokens": output.outputs[0].token_ids, "accepted": told.get("vllm:spec_decode_num_accepted_tokens", 0)}
     if asked.get("seams"):
-        from vllm.v1.sample import rejection_sampler
         from vllm.v1.worker.gpu_worker import Worker
         from vllm_selfspec import plugin
-        told["wrapped"] = [s.target for s in plugin.IN_WORKERS
-                           if hasattr(getattr(*plugin._owner(s.target)), "_selfspec_seam")]
+        def wrapped(seams):
+            return [s.target for s in seams if hasattr(getattr(*plugin._owner(s.target)), "_selfspec_seam")]
+        told["wrapped"] = wrapped(plugin.IN_WORKERS + plugin.IN_CPU_WORKERS)
         told["methods"] = [name for name in plugin.WORKER_METHODS if hasattr(Worker, name)]
-        told["mended"] = [f.__module__ for f in vars(rejection_sampler).values()
-                          if getattr(f, "__module__", "").startswith("vllm_selfspec")]
+        told["mended"] = wrapped(plugin.MENDS)
     print(">" + json.dumps(told))
 
 if __name__ == "__main__":
@@ -98,6 +98,16 @@ def test_environment_variable_reaches_the_engine_core_process(
     assert told["accepted"] > 10
 
 
+def test_a_spawned_adaptive_engine_core_times_itself(tmp_path: Path, tiny: Callable[..., str]) -> None:
+    """It once was built before its process knew the plugin, and decided without a profile."""
+    speculative = {"method": "selfspec", "num_speculative_tokens": 2}
+    arguments = {"model": tiny("llama"), "speculative_config": speculative, "max_num_seqs": 2}
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
+    run_engine(tmp_path, {"arguments": arguments}, XDG_CACHE_HOME=str(tmp_path / "cache"), **environment)
+    (profile,) = (tmp_path / "cache" / "vllm-selfspec" / "profiles").iterdir()
+    assert {point.batch for point in CostModel.from_profile(profile).points} == {1, 2}
+
+
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
 
 
@@ -115,7 +125,7 @@ def test_a_selfspec_engine_wraps_the_seams(tmp_path: Path, tiny: Callable[..., s
     """The test above can fail: the same questions to an engine with the flag."""
     arguments = {"model": tiny("llama"), "speculative_config": SETTINGS}
     told = run_engine(tmp_path, {"arguments": arguments, "seams": True})
-    assert told["wrapped"] == [seam.target for seam in plugin.IN_WORKERS]
+    assert told["wrapped"] == [seam.target for seam in plugin.IN_WORKERS + plugin.IN_CPU_WORKERS]
     assert told["methods"] == list(plugin.WORKER_METHODS)
     assert told["mended"]
 
