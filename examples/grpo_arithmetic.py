@@ -157,11 +157,10 @@ class Policy:
 
 def speculation(report: PoolReport) -> tuple[float | None, float]:
     """Accepted per drafted token (None without drafts), and drafted tokens per request and step, over all workers."""
-    tokens = np.array([worker.generated_tokens for worker in report.workers])
-    steps = tokens / np.array([worker.acceptance_length for worker in report.workers])
-    drafted = (steps * [worker.draft_length for worker in report.workers]).sum()
-    # A request's step yields one token and those that were accepted.
-    return (float((tokens - steps).sum() / drafted) if drafted else None), float(drafted / steps.sum())
+    steps = np.array([worker.generated_tokens / worker.acceptance_length for worker in report.workers])
+    drafted = steps * [worker.draft_length for worker in report.workers]
+    accepted = drafted @ [worker.acceptance or 0.0 for worker in report.workers]
+    return (float(accepted / drafted.sum()) if drafted.any() else None), float(drafted.sum() / steps.sum())
 
 
 def print_row(figures: dict[str, Any]) -> None:

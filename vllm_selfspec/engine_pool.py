@@ -147,13 +147,12 @@ def spec_counts(stats: WorkerStats) -> SpecCounts:
     """
     at_least = [stats.drafts, *stats.drafted_per_position[1:], 0]
     lengths = {length: now - after for length, (now, after) in enumerate(itertools.pairwise(at_least), start=1)}
-    undrafted = stats.generated_tokens - stats.accepted_tokens - stats.drafts
     return SpecCounts(
         num_drafts=stats.drafts,
         num_draft_tokens=stats.draft_tokens,
         num_accepted_tokens=stats.accepted_tokens,
         accepted_per_position=stats.accepted_per_position,
-        draft_lengths={length: count for length, count in {0: undrafted, **lengths}.items() if count},
+        draft_lengths={length: count for length, count in {0: stats.steps - stats.drafts, **lengths}.items() if count},
     )
 
 

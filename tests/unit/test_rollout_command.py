@@ -259,6 +259,14 @@ def test_draft_lengths_from_a_workers_counters():
     assert spec_counts(WorkerStats(worker_id=0)).draft_lengths == {}
 
 
+def test_tokens_accepted_past_the_end_of_a_sample_are_no_steps_less():
+    """Two samples of four tokens: a prompt's step and one draft of five each, all accepted, two past the end."""
+    counts = {"generated_tokens": 8, "finished_samples": 2, "drafts": 2, "draft_tokens": 10, "accepted_tokens": 10}
+    stats = WorkerStats(worker_id=0, **counts, drafted_per_position=[2] * 5)
+    assert (stats.mean_draft_length, stats.acceptance_length) == (2.5, 2.0)
+    assert spec_counts(stats).draft_lengths == {0: 2, 5: 2}
+
+
 # --- prompt files -----------------------------------------------------------------------------------------------------
 
 

@@ -130,19 +130,23 @@ class WorkerStats(_Model):
         return self.accepted_tokens / self.draft_tokens if self.draft_tokens else None
 
     @property
-    def mean_draft_length(self) -> float:
-        """Mean γ per request and decode step, steps without drafts (γ = 0) included.
+    def steps(self) -> int:
+        """Steps of requests, added up.
 
-        A request's step yields one token plus the accepted ones, so generated - accepted tokens is the number of steps.
+        Each yields one token and the accepted ones, but those accepted past a sample's end are not generated tokens:
+        there the count is at least the drafts and the step of each prompt, which has none.
         """
-        steps = self.generated_tokens - self.accepted_tokens
-        return self.draft_tokens / steps if steps > 0 else 0.0
+        return max(self.generated_tokens - self.accepted_tokens, self.drafts + self.finished_samples)
+
+    @property
+    def mean_draft_length(self) -> float:
+        """Mean γ per request and step, steps without drafts (γ = 0) included."""
+        return self.draft_tokens / self.steps if self.steps else 0.0
 
     @property
     def acceptance_length(self) -> float:
-        """Mean τ: tokens per request and decode step."""
-        steps = self.generated_tokens - self.accepted_tokens
-        return self.generated_tokens / steps if steps > 0 else 1.0
+        """Mean τ: tokens per request and step."""
+        return self.generated_tokens / self.steps if self.steps else 1.0
 
 
 class CollectReply(NamedTuple):
