@@ -87,7 +87,7 @@ unit-test: setup
 engine-test: setup
 	@echo "test 3/3: engine tests"
 	eval "$$($(BIN)/python -m vllm_selfspec.engine_env)"
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -v --durations=25 -n 2 --dist loadfile tests/engine
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -v --durations=25 tests/engine
 
 clean:
 	rm -rf $(VENV) build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

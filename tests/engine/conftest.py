@@ -11,10 +11,6 @@ from typing import Any
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if xdist_worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    # Engines of tests that run side by side: a core each, where threads of two would wait for each other.
-    cores = sorted(os.sched_getaffinity(0))
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(cores[int(xdist_worker.removeprefix("gw")) % len(cores)])
 
 import pytest
 from tiny_models import write_checkpoint

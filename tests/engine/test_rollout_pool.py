@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import gc
+import inspect
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -24,6 +26,7 @@ ray = pytest.importorskip("ray")
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler  # noqa: E402
 
 from vllm_selfspec.rollout import (  # noqa: E402
     DummyWorker,
@@ -49,7 +52,9 @@ SAMPLED = {"temperature": 1.0, "max_tokens": 12, "ignore_eos": True, "seed": 11,
 
 @contextlib.contextmanager
 def bare_engine(model: str) -> Iterator[LLM]:
-    llm = LLM(model=model, **ENGINE)
+    # An engine with the flag that ran earlier in this process left its sampler, which draws other random numbers.
+    with patch.object(TopKTopPSampler, "forward_cpu", inspect.unwrap(TopKTopPSampler.forward_cpu)):
+        llm = LLM(model=model, **ENGINE)
     try:
         yield llm
     finally:
