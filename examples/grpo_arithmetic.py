@@ -8,13 +8,10 @@ advantages, clipped ratio to the log probabilities that came with the samples) a
 weights go back to every worker through vLLM's start / update / finish protocol. The reward is a rule: half for the form
 "8+6=14, so it is 14.", a quarter for each of its two numbers that is right.
 
-`--compare` trains a second policy with the same seeds and data whose workers decode plainly. The two take turns step by
-step, so a machine whose speed drifts treats them alike. Two sign-flip tests ask whether their rewards differ:
-
-* first step: both policies still have the same weights, so the signs of the differences between their samples are
-  arbitrary and flipping them is an exact test;
-* all steps: signs are flipped per (step, prompt). The two policies drift apart by chance from step 1 on, which this
-  test does not know about: a small p value here alone is no proof of a difference.
+`--compare` has plain workers follow the same weights and answer the same questions in every step, with the same seeds.
+Their answers are scored and timed but not trained on: two separate trainings drift apart by chance within a few steps,
+whatever samples them, and would have to be repeated many times to be compared. This way the rewards of each step come
+from one policy with and without selfspec, and a sign-flip test over all samples says whether they differ.
 
 Everything finished is on disk after each step (`grpo.json`, `grpo.png`, `samples-*.jsonl`), also after Ctrl-C.
 """
@@ -75,84 +72,45 @@ def log_probabilities(model: Any, prompts: list[list[int]], answers: list[list[i
     return list(logits.log_softmax(-1).gather(1, chosen)[:, 0].split(lengths))
 
 
-class Policy:
-    """One training run: a pool of workers, the weights that are trained, and what was measured."""
+def rollout(
+    pool: RolloutPool, prompts: list[list[int]], args: argparse.Namespace, stop: list[int], writer: SampleWriter
+) -> tuple[list[Sample], PoolReport]:
+    """`args.n` samples of each prompt, in order, each written as it finishes."""
+    # Stop tokens, not a stop string: a draft brings several tokens at once, and those after a string would stay.
+    sampling = {"temperature": 1.0, "max_tokens": args.max_tokens, "stop_token_ids": stop, "logprobs": 0}
+    stream = pool.generate(prompts, args.n, sampling)
+    samples: list[Sample] = []
+    for sample in stream:
+        writer.write(sample)
+        samples.append(sample)
+    return sorted(samples, key=lambda sample: (sample.prompt_index, sample.sample_index)), stream.report
 
-    def __init__(self, name: str, pool: RolloutPool, checkpoint: Path, args: argparse.Namespace) -> None:
-        self.name, self.pool, self.args = name, pool, args
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, weight_decay=0.0)
-        self.writer = SampleWriter(args.out / f"samples-{name}.jsonl")
-        self.steps: list[dict[str, Any]] = []
 
-    def step(self, index: int) -> None:
-        """Roll out, train, send the weights; print and keep the figures of it."""
-        args = self.args
-        sums = problems(index, args.prompts, args.seed)
-        prompts = [self.tokenizer.encode(f"4+3: 4+3=7, so it is 7.\n{a}+{b}:") for a, b in sums]
-        # A stop token, not a stop string: a draft brings several tokens at once, and those after a string would stay.
-        stop = self.tokenizer.encode("\n")
-        sampling = {"temperature": 1.0, "max_tokens": args.max_tokens, "stop_token_ids": stop, "logprobs": 0}
-        stream = self.pool.generate(prompts, args.n, sampling)
-        samples: list[Sample] = []
-        for sample in stream:
-            self.writer.write(sample)
-            samples.append(sample)
-        report = stream.report
-        samples.sort(key=lambda sample: (sample.prompt_index, sample.sample_index))
-        rewards = np.array([reward(sample.text or "", *sums[sample.prompt_index]) for sample in samples])
-        rewards = rewards.reshape(args.prompts, args.n)
+def train(
+    model: Any, optimizer: torch.optim.Optimizer, prompts: list[list[int]], samples: list[Sample], advantage: np.ndarray
+) -> float:
+    """One optimizer step of GRPO on all samples.
 
-        began = time.perf_counter()
-        gap = self.train([prompts[sample.prompt_index] for sample in samples], samples, advantages(rewards).flatten())
-        train_seconds = time.perf_counter() - began
-        began = time.perf_counter()
-        # `named_parameters` lists the tied LM head once, as the embedding.
-        self.pool.set_weights(dict(self.model.named_parameters()), version=index + 1)
-        acceptance, draft_length = speculation(report)
-        self.steps.append(
-            {
-                "step": index,
-                "policy": self.name,
-                "weights": samples[0].weight_version,
-                "reward": float(rewards.mean()),
-                "right": float((rewards == 1.0).mean()),
-                "rollout_s": report.makespan_s,
-                "tokens": report.generated_tokens,
-                "draft_length": draft_length,
-                "acceptance": acceptance,
-                "train_s": train_seconds,
-                "update_s": time.perf_counter() - began,
-                "logprob_gap": gap,
-                "rewards": rewards.tolist(),
-            }
-        )
-        print_row(self.steps[-1])
-
-    def train(self, prompts: list[list[int]], samples: list[Sample], advantage: np.ndarray) -> float:
-        """One optimizer step of GRPO on all samples.
-
-        Returns:
-            Mean |trainer's - worker's| log probability per token before the step. It stays at rounding noise only if
-            the workers sample from the very weights that are trained here.
-        """
-        gaps: list[torch.Tensor] = []
-        for first in range(0, len(samples), MICRO_BATCH):
-            batch = slice(first, first + MICRO_BATCH)
-            answers = [sample.token_ids for sample in samples[batch]]
-            log_probs = log_probabilities(self.model, prompts[batch], answers)
-            loss = torch.zeros(())
-            for new, sample, a in zip(log_probs, samples[batch], advantage[batch], strict=True):
-                old = torch.tensor(sample.logprobs)
-                ratio = (new - old).exp()
-                loss = loss - torch.minimum(ratio * a, ratio.clamp(1 - CLIP, 1 + CLIP) * a).mean() / len(samples)
-                gaps.append((new.detach() - old).abs())
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(torch.cat(gaps).mean())
+    Returns:
+        Mean |trainer's - worker's| log probability per token before the step. It stays at rounding noise only if
+        the workers sample from the very weights that are trained here.
+    """
+    gaps: list[torch.Tensor] = []
+    for first in range(0, len(samples), MICRO_BATCH):
+        batch = slice(first, first + MICRO_BATCH)
+        asked = [prompts[sample.prompt_index] for sample in samples[batch]]
+        log_probs = log_probabilities(model, asked, [sample.token_ids for sample in samples[batch]])
+        loss = torch.zeros(())
+        for new, sample, a in zip(log_probs, samples[batch], advantage[batch], strict=True):
+            old = torch.tensor(sample.logprobs)
+            ratio = (new - old).exp()
+            loss = loss - torch.minimum(ratio * a, ratio.clamp(1 - CLIP, 1 + CLIP) * a).mean() / len(samples)
+            gaps.append((new.detach() - old).abs())
+        loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(torch.cat(gaps).mean())
 
 
 def speculation(report: PoolReport) -> tuple[float | None, float]:
@@ -166,59 +124,55 @@ def speculation(report: PoolReport) -> tuple[float | None, float]:
 def print_row(figures: dict[str, Any]) -> None:
     """One line, under a heading if it is the first."""
     cells = {name: "-" if value is None else value for name, value in figures.items() if name != "rewards"}
-    if figures["step"] == 0 and figures["policy"] == "selfspec":
+    if figures["step"] == 0 and figures["workers"] == "selfspec":
         print("  ".join(f"{name:>8}" for name in cells))
     texts = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in cells.values())
     print("  ".join(text.rjust(max(8, len(name))) for name, text in zip(cells, texts, strict=True)), flush=True)
 
 
-def sign_flip_p(differences: np.ndarray, seed: int) -> float:
-    """Two-sided p value of paired differences whose signs are arbitrary if both sides are alike (20,000 flips)."""
+def compare(runs: dict[str, list[dict[str, Any]]], seed: int) -> dict[str, Any]:
+    """Whether the rewards of two runs agree: a two-sided test that flips the signs of their differences 20,000 times.
+
+    Both sample from the same weights in every step, so each difference is as likely to be negative as positive.
+    """
+    runs = {name: steps[: len(runs["plain"])] for name, steps in runs.items()}
+    rewards = {name: np.array([step["rewards"] for step in steps]).ravel() for name, steps in runs.items()}
+    seconds = {name: np.array([step["rollout_s"] for step in steps]) for name, steps in runs.items()}
+    differences = rewards["selfspec"] - rewards["plain"]
     flips = np.random.default_rng(seed).choice([-1.0, 1.0], (20_000, differences.size))
     as_large = np.abs(flips @ differences) >= abs(differences.sum()) - 1e-9
-    return float((1 + as_large.sum()) / (1 + len(flips)))
-
-
-def compare(policies: list[Policy], seed: int) -> dict[str, Any]:
-    """Whether two runs' rewards agree; the module's docstring says what each test assumes."""
-    count = min(len(policy.steps) for policy in policies)
-    steps = [policy.steps[:count] for policy in policies]
-    first, second = (np.array([step["rewards"] for step in run]) for run in steps)  # [steps, prompts, n] each
-    seconds = np.array([[step["rollout_s"] for step in run] for run in steps])
-    names = [policy.name for policy in policies]
+    p = float((1 + as_large.sum()) / (1 + len(flips)))
     return {
-        "steps": count,
-        "samples_each": first.size,
-        "mean_reward": dict(zip(names, (float(first.mean()), float(second.mean())), strict=True)),
-        "p_first_step": sign_flip_p((first[0] - second[0]).ravel(), seed),
-        "p_all_steps": sign_flip_p((first - second).mean(2).ravel(), seed),
-        "rollout_s": dict(zip(names, seconds.sum(1).tolist(), strict=True)),
-        "rollout_speedup_median": float(np.median(seconds[1] / seconds[0])),
+        "samples_each": differences.size,
+        "mean_reward": {name: float(values.mean()) for name, values in rewards.items()},
+        "p": p,
+        "verdict": "the rewards differ (p < 0.01)" if p < 0.01 else "no difference between the rewards (p >= 0.01)",
+        "rollout_s": {name: float(values.sum()) for name, values in seconds.items()},
+        "rollout_speedup_median": float(np.median(seconds["plain"] / seconds["selfspec"])),
     }
 
 
-def save(policies: list[Policy], args: argparse.Namespace) -> None:
+def save(runs: dict[str, list[dict[str, Any]]], args: argparse.Namespace) -> None:
     """Write the figures, and draw them."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    data: dict[str, Any] = {"arguments": {**vars(args), "out": str(args.out)}}
-    data["runs"] = {policy.name: policy.steps for policy in policies}
-    if len(policies) == 2 and all(policy.steps for policy in policies):
-        data["comparison"] = compare(policies, args.seed)
+    data: dict[str, Any] = {"arguments": {**vars(args), "out": str(args.out)}, "runs": runs}
+    if args.compare:
+        data["comparison"] = compare(runs, args.seed)
     (args.out / "grpo.json").write_text(json.dumps(data, indent=1) + "\n")
 
     figure, panels = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for policy, color in zip(policies, ("#1f77b4", "#7f7f7f"), strict=False):
-        for panel, key in zip(panels, ("reward", "rollout_s", "acceptance"), strict=True):
-            points = [(step["step"], step[key]) for step in policy.steps if step[key] is not None]
+    titles = {"reward": "mean reward", "rollout_s": "rollout (s)", "acceptance": "accepted per drafted token"}
+    for panel, (key, title) in zip(panels, titles.items(), strict=True):
+        for name, color in zip(runs, ("#1f77b4", "#7f7f7f"), strict=False):
+            points = [(step["step"], step[key]) for step in runs[name] if step[key] is not None]
             if points:
-                panel.plot(*zip(*points, strict=True), "o-", color=color, label=policy.name)
-    for panel, title in zip(panels, ("mean reward", "rollout (s)", "accepted per drafted token"), strict=True):
+                panel.plot(*zip(*points, strict=True), "o-", color=color, label=name)
         panel.set(title=title, xlabel="step")
-        panel.set_ylim(0, 1.02 if "(s)" not in title else None)
+        panel.set_ylim(0, None if key == "rollout_s" else 1.02)
     panels[0].legend()
     figure.savefig(args.out / "grpo.png", dpi=120)
     pyplot.close(figure)
@@ -234,7 +188,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="vLLM engines; on a CPU they share the cores")
     parser.add_argument("--batch", type=int, default=8, help="samples that one worker decodes at once (max_num_seqs)")
     parser.add_argument("--speculative-config", type=json.loads, default=SPECULATIVE, metavar="JSON", help="vLLM's")
-    parser.add_argument("--compare", action="store_true", help="train a second policy without selfspec beside it")
+    parser.add_argument("--compare", action="store_true", help="have plain workers sample from the same weights too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs") / time.strftime("grpo-%Y%m%d-%H%M%S"))
     args = parser.parse_args()
@@ -251,33 +205,63 @@ def main() -> None:
         "seed": args.seed,
     }
     modes = {"selfspec": args.speculative_config} | ({"plain": None} if args.compare else {})
-    policies: list[Policy] = []
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in modes}
     with contextlib.ExitStack() as stack:
+        pools: dict[str, RolloutPool] = {}
+        writers = {name: stack.enter_context(SampleWriter(args.out / f"samples-{name}.jsonl")) for name in modes}
         for name, config in modes.items():
-            print(f"starting {args.workers} {name} workers", flush=True)
-            pool = RolloutPool(
-                checkpoint,
-                args.workers,
-                engine_args=engine,
-                speculative_config=config,
-                # The argument alone says whether to speculate. On a CPU the cache of each worker is 1 GiB.
-                env={"KMP_BLOCKTIME": "1", "VLLM_SELFSPEC": "0", "VLLM_CPU_KVCACHE_SPACE": "1"},
-            )
-            policies.append(Policy(name, stack.enter_context(pool), checkpoint, args))
+            print(f"starting {args.workers} {name} worker(s)", flush=True)
+            # The argument alone says whether to speculate. On a CPU the cache of each worker is 1 GiB.
+            env = {"KMP_BLOCKTIME": "1", "VLLM_SELFSPEC": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+            pool = RolloutPool(checkpoint, args.workers, engine_args=engine, speculative_config=config, env=env)
+            pools[name] = stack.enter_context(pool)
         try:
             for index in range(args.steps):
-                for policy in policies:
-                    policy.step(index)
-                save(policies, args)
+                sums = problems(index, args.prompts, args.seed)
+                prompts = [tokenizer.encode(f"4+3: 4+3=7, so it is 7.\n{a}+{b}:") for a, b in sums]
+                made = {
+                    n: rollout(pool, prompts, args, tokenizer.encode("\n"), writers[n]) for n, pool in pools.items()
+                }
+                rewards = {
+                    name: np.array([reward(s.text or "", *sums[s.prompt_index]) for s in samples]).reshape(-1, args.n)
+                    for name, (samples, _) in made.items()
+                }
+                began = time.perf_counter()
+                gap = train(model, optimizer, prompts, made["selfspec"][0], advantages(rewards["selfspec"]).ravel())
+                train_s = time.perf_counter() - began
+                began = time.perf_counter()
+                for pool in pools.values():
+                    # `named_parameters` lists the tied LM head once, as the embedding.
+                    pool.set_weights(dict(model.named_parameters()), version=index + 1)
+                update_s = (time.perf_counter() - began) / len(pools)
+                for name, (samples, report) in made.items():
+                    acceptance, draft_length = speculation(report)
+                    figures = {
+                        "step": index,
+                        "workers": name,
+                        "weights": samples[0].weight_version,
+                        "reward": float(rewards[name].mean()),
+                        "right": float((rewards[name] == 1.0).mean()),
+                        "rollout_s": report.makespan_s,
+                        "tokens": report.generated_tokens,
+                        "draft_length": draft_length,
+                        "acceptance": acceptance,
+                        "train_s": train_s,
+                        "update_s": update_s,
+                        "logprob_gap": gap,
+                        "rewards": rewards[name].tolist(),
+                    }
+                    runs[name].append(figures)
+                    print_row(figures)
+                save(runs, args)
         except KeyboardInterrupt:
-            print(f"interrupted: what is finished is in {args.out}")
-    if len(policies) == 2 and all(policy.steps for policy in policies):
-        result = compare(policies, args.seed)
-        verdict = "agree" if min(result["p_first_step"], result["p_all_steps"]) >= 0.01 else "differ"
-        print(
-            json.dumps(result, indent=1) + f"\nThe rewards with and without selfspec {verdict} (p < 0.01 would differ)."
-        )
-    print(f"written to {args.out}")
+            print("interrupted")
+    if args.compare and runs["plain"]:
+        print(json.dumps(compare(runs, args.seed), indent=1))
+    print(f"what is finished is in {args.out}")
 
 
 if __name__ == "__main__":
