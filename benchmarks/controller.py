@@ -40,11 +40,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each request in the constant batches")
     parser.add_argument("--rollout-tokens", type=int, default=256, help="most tokens of a request in the rollout")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--drafter", type=json.loads, default={}, help='such as {"weights": "int4+int8"}')
     parser.add_argument("--out", default="controller.json")
     args = parser.parse_args()
 
     longest = max(args.fixed)
-    spec = {"method": "selfspec", "num_speculative_tokens": longest}
+    spec = {"method": "selfspec", "num_speculative_tokens": longest, "drafter": args.drafter}
     llm = LLM(args.model, speculative_config=spec, max_model_len=2048, max_num_seqs=16)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     adaptive = scheduler._controller

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-Precision = Literal["native", "int8", "int4", "fp8"]
+Precision = Literal["native", "int8", "int4", "int4+int8", "fp8"]
 ENV_VAR = "VLLM_SELFSPEC"
 
 

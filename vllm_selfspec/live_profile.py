@@ -38,7 +38,7 @@ logger = init_logger("vllm.selfspec")
 
 BUDGET_SECONDS = {"cpu": 60.0}
 DEFAULT_BUDGET_SECONDS = 10.0
-REPETITIONS = 3
+REPETITIONS, ROUNDS = 2, 4
 PROMPT_TOKENS = 32
 
 
@@ -117,21 +117,34 @@ def _cpu_name() -> str:
 
 
 def measure(core: Any, settings: SelfSpecConfig, identity: ProfileIdentity) -> CostModel | None:
-    """Time the engine for batch sizes 1, 2, 4, … and a few draft lengths, as long as the budget lasts."""
+    """Time the engine for batch sizes 1, 2, 4, … and a few draft lengths, in rounds, as long as the budget lasts.
+
+    Rounds, because a machine that others use is slow for a while: each batch size is measured at several moments.
+    """
     budget = BUDGET_SECONDS.get(current_platform.device_type, DEFAULT_BUDGET_SECONDS)
     longest = settings.num_speculative_tokens
     lengths = sorted({1, (longest + 1) // 2, longest})
     start = time.perf_counter()
-    points: list[Point] = []
-    batch, last = 1, 0.0
-    while batch <= core.vllm_config.scheduler_config.max_num_seqs:
-        spent = time.perf_counter() - start
-        if points and spent + 2.2 * last > budget:
-            break
-        points += measure_batch(core, batch, lengths)
-        last = time.perf_counter() - start - spent
-        logger.info("selfspec calibration: batch %d measured in %.1f s (budget %.0f s).", batch, last, budget)
-        batch *= 2
+    runs: dict[int, list[list[StepObservation]]] = defaultdict(list)
+    took: dict[int, float] = {}
+    for number in range(ROUNDS):
+        batch = 1
+        while batch <= core.vllm_config.scheduler_config.max_num_seqs:
+            began = time.perf_counter()
+            expected = took.get(batch, 2.2 * took.get(batch // 2, 0.0))
+            if began - start + expected > budget:
+                break
+            runs[batch].append(run_batch(core, batch, lengths))
+            took[batch] = time.perf_counter() - began
+            logger.info(
+                "selfspec calibration: round %d, batch %d measured in %.1f s (budget %.0f s).",
+                number + 1,
+                batch,
+                took[batch],
+                budget,
+            )
+            batch *= 2
+    points = [point for batch, made in runs.items() for point in points_of(made, batch)]
     if not {"target", "draft"} <= {point.component for point in points}:
         return None
     meta = {
@@ -145,12 +158,11 @@ def measure(core: Any, settings: SelfSpecConfig, identity: ProfileIdentity) -> C
     return CostModel.fit(points, meta=meta)
 
 
-def measure_batch(core: Any, batch: int, lengths: Sequence[int]) -> list[Point]:
-    """Points of one batch size; leaves the engine without requests."""
+def run_batch(core: Any, batch: int, lengths: Sequence[int]) -> list[StepObservation]:
+    """The steps of one batch size, in order; leaves the engine without requests."""
     config, scheduler = core.vllm_config, core.scheduler
-    plan = [length for length in lengths for step in range(2)]
-    plan[1::2] = [0] * len(lengths)  # each draft is followed by a step that only verifies it
-    plan = [0, *plan] * REPETITIONS
+    # A plain step, one that drafts, one that only verifies what was drafted.
+    plan = [dictated for length in lengths for dictated in (0, length, 0)] * REPETITIONS
     room = config.model_config.max_model_len
     prompt = min(PROMPT_TOKENS, max(1, room // 4))
     needed = 2 + sum(length + 1 for length in plan)
@@ -180,27 +192,51 @@ def measure_batch(core: Any, batch: int, lengths: Sequence[int]) -> list[Point]:
         while scheduler.has_requests():
             core.post_step(core.step_fn()[1])
     core.reset_prefix_cache()
-    return points_of(observations, batch)
+    return observations
 
 
-def points_of(observations: Sequence[StepObservation], batch: int) -> list[Point]:
-    """Median times of the steps that decoded the whole batch and nothing else."""
-    seconds: dict[tuple[int, int], list[float]] = defaultdict(list)
+def points_of(runs: Sequence[Sequence[StepObservation]], batch: int) -> list[Point]:
+    """Median times of the steps that decoded the whole batch and nothing else.
+
+    Args:
+        runs: the steps of each run, in order.
+        batch: requests in each run.
+    """
+    plain: list[float] = []
+    verify: dict[int, list[float]] = defaultdict(list)
+    draft: dict[int, list[float]] = defaultdict(list)
     contexts: list[float] = []
-    for step in observations:
-        if step.num_decode == batch and step.prefill_tokens == 0 and step.num_verified == int(step.num_verified):
-            seconds[int(step.num_verified), step.num_drafted].append(step.seconds)
+    for run in runs:
+        last_plain = None
+        for step in run:
+            if step.num_decode != batch or step.prefill_tokens or step.num_verified != int(step.num_verified):
+                continue
             contexts.append(step.mean_context)
-    if not seconds.get((0, 0)):
+            if step.num_drafted == 0 and step.num_verified == 0:
+                plain.append(step.seconds)
+                last_plain = step.seconds
+            elif step.num_drafted == 0:
+                verify[int(step.num_verified)].append(step.seconds)
+            elif step.num_verified == 0 and last_plain is not None:
+                # Against the plain step right before it: what slows the machine for a while slows both.
+                draft[step.num_drafted].append((step.seconds - last_plain) / step.num_drafted)
+    if not plain:
         return []
     seq = max(1, round(statistics.fmean(contexts)))
-    medians = {key: statistics.median(values) for key, values in seconds.items()}
-    plain = medians[0, 0]
-    points = []
-    for (verified, drafted), time_taken in medians.items():
-        if drafted == 0:
-            component = "verify" if verified else "target"
-            points.append(Point(component, batch, seq, verified, time_taken, noise=0.03))  # type: ignore[arg-type]  # one of two literals
-        elif verified == 0 and time_taken > plain:
-            points.append(Point("draft", batch, seq, drafted, (time_taken - plain) / drafted, noise=0.05))
+    points = [Point("target", batch, seq, 0, statistics.median(plain), _error(plain))]
+    points += [Point("verify", batch, seq, k, statistics.median(t), _error(t)) for k, t in sorted(verify.items())]
+    points += [
+        Point("draft", batch, seq, k, statistics.median(t), _error(t))
+        for k, t in sorted(draft.items())
+        if statistics.median(t) > 0
+    ]
     return points
+
+
+def _error(seconds: Sequence[float]) -> float:
+    """Relative standard error of the median, from the median absolute deviation; never better than 2 %."""
+    middle = statistics.median(seconds)
+    deviation = 1.48 * statistics.median(abs(value - middle) for value in seconds)
+    # With a handful of values the deviation itself is uncertain.
+    chance = 1.25 * deviation / abs(middle) / len(seconds) ** 0.5 if middle else 1.0
+    return round(max(0.02, 0.1 / len(seconds), min(1.0, chance)), 4)

@@ -63,6 +63,15 @@ class Metrics:
         self.acceptance_alarms = Counter(
             PREFIX + "acceptance_alarms", "Collapses of acceptance, as after an update the drafter missed.", labels
         )
+        self.refreshed_layers = Counter(
+            PREFIX + "refreshed_layers", "Layers of the drafter quantized again after weight updates.", labels
+        )
+        self.refresh_seconds = Histogram(
+            PREFIX + "refresh_seconds",
+            "Time that following a weight update took the drafter, for each update between two steps.",
+            labels,
+            buckets=(0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 5.0, 10.0, 30.0),
+        )
         self.draft_length = Histogram(
             PREFIX + "draft_length", "Draft length of each step.", labels, buckets=range(max_draft_tokens + 1)
         )
@@ -73,10 +82,20 @@ class Metrics:
             PREFIX + "achieved_speedup", "Token rate relative to predicted plain decoding.", labels, buckets=speedups
         )
 
-    def record(self, steps: Iterable[StepStats], acceptance_alarms: int, engine: int) -> None:
-        """Count steps and alarms of one engine."""
+    def record(
+        self,
+        steps: Iterable[StepStats],
+        acceptance_alarms: int,
+        refreshed_layers: int,
+        refresh_seconds: float,
+        engine: int,
+    ) -> None:
+        """Count steps, alarms and refreshes of one engine since the last call."""
         labels = {**self._labels, "engine": str(engine)}
         self.acceptance_alarms.labels(**labels).inc(acceptance_alarms)
+        if refreshed_layers:
+            self.refreshed_layers.labels(**labels).inc(refreshed_layers)
+            self.refresh_seconds.labels(**labels).observe(refresh_seconds)
         for step in steps:
             self.steps.labels(**labels, num_draft_tokens=str(step.num_draft_tokens), reason=step.reason).inc()
             self.draft_length.labels(**labels).observe(step.num_draft_tokens)
@@ -107,5 +126,11 @@ def record(original: Callable[..., None], self: Any, scheduler_stats: Any, *args
         if self not in _metrics:
             _metrics[self] = Metrics(mine["model_name"], mine["max_draft_tokens"])
         steps = (StepStats(*fields) for fields in mine["steps"])
-        _metrics[self].record(steps, mine["acceptance_alarms"], kwargs.get("engine_idx") or 0)
+        _metrics[self].record(
+            steps,
+            mine["acceptance_alarms"],
+            mine["refreshed_layers"],
+            mine["refresh_seconds"],
+            kwargs.get("engine_idx") or 0,
+        )
     original(self, scheduler_stats, *args, **kwargs)

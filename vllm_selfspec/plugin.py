@@ -137,12 +137,6 @@ IN_WORKERS = (
         ("self", "layer"),
         "vllm_selfspec.drafter.refresh:process_weights_after_loading",
     ),
-    Seam(
-        "vllm.v1.worker.gpu_worker:Worker.start_weight_update",
-        "an update of the target begins",
-        ("self",),
-        "vllm_selfspec.drafter.refresh:update_begins",
-    ),
     *(
         Seam(
             f"vllm.v1.worker.gpu_worker:Worker.{method}",
@@ -150,13 +144,13 @@ IN_WORKERS = (
             ("self",),
             "vllm_selfspec.drafter.refresh:update_ends",
         )
-        for method in ("finish_weight_update", "wake_up", "reset_weights")
+        for method in ("finish_weight_update", "reload_weights", "wake_up", "reset_weights")
     ),
     Seam(
-        "vllm.v1.worker.gpu_worker:Worker.reload_weights",
-        "a whole update of the target in one call",
-        ("self",),
-        "vllm_selfspec.drafter.refresh:whole_update",
+        "vllm.v1.worker.gpu_worker:Worker.sample_tokens",
+        "tells the scheduler what following the weights has cost, for the metrics",
+        ("self", "grammar_output"),
+        "vllm_selfspec.drafter.refresh:sample_tokens",
     ),
 )
 

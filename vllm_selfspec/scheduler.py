@@ -26,6 +26,7 @@ from vllm_selfspec.config import ConfigError, SelfSpecConfig
 from vllm_selfspec.control.alarm import AcceptanceAlarm
 from vllm_selfspec.control.cost_model import CostModel
 from vllm_selfspec.control.policy import Controller, ControlSettings, Decision, Reason, StepObservation, StepState
+from vllm_selfspec.drafter.refresh import RefreshCost
 from vllm_selfspec.metrics import STATS_KEY, StepStats
 
 logger = init_logger("vllm.selfspec")
@@ -59,6 +60,7 @@ class SelfSpecScheduling(Scheduler):
         self._controller = Controller(control_settings(settings), max_batch=self.scheduler_config.max_num_seqs)
         self._alarm = AcceptanceAlarm()
         self._alarms_reported = 0
+        self._refresh_cost = self._refresh_reported = RefreshCost(0, 0.0)
         self._in_flight: deque[InFlightStep] = deque()
         self._busy_since: float | None = None
         self._caps: dict[str, int] = {}
@@ -183,6 +185,7 @@ class SelfSpecScheduling(Scheduler):
             if observation is not None:
                 self._observations.append(observation)
             return
+        self._refresh_cost = getattr(result, "selfspec_refresh_cost", self._refresh_cost)
         sampled, rows = result.sampled_token_ids, result.req_id_to_index
         for request_id, drafts in step.output.scheduled_spec_decode_tokens.items():
             row = rows.get(request_id)
@@ -219,11 +222,14 @@ class SelfSpecScheduling(Scheduler):
                 "model_name": self.vllm_config.model_config.served_model_name,
                 "max_draft_tokens": self.num_spec_tokens,
                 "acceptance_alarms": self._alarm.raised - self._alarms_reported,
+                "refreshed_layers": self._refresh_cost.layers - self._refresh_reported.layers,
+                "refresh_seconds": self._refresh_cost.seconds - self._refresh_reported.seconds,
                 "steps": [step.as_list() for step in self._step_stats],
             }
             stats.kv_connector_stats = {**(stats.kv_connector_stats or {}), STATS_KEY: mine}
             self._step_stats = []
             self._alarms_reported = self._alarm.raised
+            self._refresh_reported = self._refresh_cost
         return stats
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:

@@ -93,6 +93,10 @@ def test_reload_weights(checkpoints: tuple[Path, Path], fresh: tuple[int, list[l
     assert buffers(llm) == addresses
     (report,) = llm.collective_rpc("selfspec_refresh")
     assert report["total_layers"] >= len(addresses) and report["total_seconds"] > 0 and report["bytes"] > 0
+    told = {metric.name: metric for metric in llm.get_metrics()}
+    assert told["vllm:selfspec_refreshed_layers"].value == report["total_layers"] - report["layers"]
+    seconds = told["vllm:selfspec_refresh_seconds"]
+    assert seconds.count == 1 and 0 < seconds.sum <= report["total_seconds"]
 
 
 @pytest.fixture

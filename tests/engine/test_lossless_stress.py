@@ -28,6 +28,7 @@ DRAFTERS: dict[str, dict[str, Any]] = {
     "int8_native_head": {"weights": "int8", "lm_head": "native"},
     "int8_head_only": {"weights": "native", "lm_head": "int8"},
     "int4": {"weights": "int4", "lm_head": "int4"},
+    "int4_and_int8": {"weights": "int4+int8", "lm_head": "int4+int8"},
     "exit": NATIVE | {"exit_layer": 2},
     "skip": NATIVE | {"skip_layers": [1, 2]},
     "exit_int8": {"weights": "int8", "lm_head": "int8", "exit_layer": 3},

@@ -6,6 +6,7 @@ stops. `vllm serve` runs the same server.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import socket
@@ -38,6 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         *("--speculative-config", '{"method": "selfspec", "num_speculative_tokens": 3, "control": {"mode": "fixed"}}'),
     ]
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    environment["VLLM_SERVER_DEV_MODE"] = "1"  # for /collective_rpc
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
     address = f"http://127.0.0.1:{port}"
@@ -108,3 +110,12 @@ def test_a_request_can_switch_drafting_off(server: str, client: openai.OpenAI) -
     extra = {"vllm_xargs": {"selfspec_max_draft_tokens": 0}}
     client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=8, extra_body=extra)
     assert counter(server, "vllm:spec_decode_num_draft_tokens_total") == drafted
+
+
+def test_refresh_over_http(server: str) -> None:
+    body = json.dumps({"method": "selfspec_refresh"}).encode()
+    request = urllib.request.Request(f"{server}/collective_rpc", body, {"Content-Type": "application/json"})
+    (report,) = json.load(urllib.request.urlopen(request, timeout=30))["results"]
+    # The tied LM head's is the one weight that a worker still holds on CPU; the drafter has its int8 copy of all.
+    assert report["layers"] == report["total_layers"] == 1
+    assert report["bytes"] > 100 * 2**20

@@ -287,8 +287,8 @@ def _weight_bytes(runner: Any, drafts: bool) -> dict[str, int | None]:
     sizes = {"verify forward": stack_bytes(top.model.layers), "verify head": linear_bytes(top.lm_head)}
     if drafts:
         draft_model = runner.drafter.model
-        sizes["draft forward"] = stack_bytes(draft_model.backbone.decoder.layers)
-        sizes["draft head"] = linear_bytes(draft_model._heads[0].lm_head)
+        sizes["draft forward"] = stack_bytes(draft_model.backbones[-1].decoder.layers)
+        sizes["draft head"] = linear_bytes(draft_model._heads[-1].lm_head)
     return sizes
 
 

@@ -3,6 +3,7 @@
     ngram, suffix, draft_model    vLLM's own
     draft_model_table             vLLM's draft model with its static table of draft lengths by batch size
     int8, int4                    selfspec, the whole model drafting at that precision
+    mixed                         the same at int4 where few rows draft, at int8 where more do
     exit                          selfspec, the first --exit-layer layers drafting at the model's own precision
     drafter                       selfspec with any --drafter
 
@@ -21,6 +22,7 @@ DEFAULT_PEERS = "ngram,suffix,draft_model,draft_model_table,int8,int8@3,int4,exi
 SELFSPEC_DRAFTERS = {
     "int8": {"weights": "int8", "lm_head": "int8"},
     "int4": {"weights": "int4", "lm_head": "int4"},
+    "mixed": {"weights": "int4+int8", "lm_head": "int4+int8"},
     "exit": {"weights": "native", "lm_head": "native"},
     "drafter": {},
 }

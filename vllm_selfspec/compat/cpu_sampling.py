@@ -134,7 +134,8 @@ def sample(
     Returns:
         [B] int64 tokens; and None.
     """
-    if self.logprobs_mode in PROCESSED_LOGPROBS_MODES:
+    of_selfspec = getattr(self, "selfspec", False)  # another engine in this process samples as vLLM does
+    if not of_selfspec or self.logprobs_mode in PROCESSED_LOGPROBS_MODES:
         return original(self, logits, generators, k, p)
     probs = apply_top_k_top_p(logits, k, p).softmax(dim=-1, dtype=torch.float32)
     return inverse_cdf(probs, uniforms(probs.shape[0], generators)), None

@@ -39,6 +39,7 @@ def runner_init(original: Callable[..., None], self: Any, vllm_config: VllmConfi
         return
     with patch("vllm.v1.worker.gpu_model_runner.DraftModelProposer", SelfDraftProposer):
         original(self, vllm_config, *args, **kwargs)
+    self.sampler.topk_topp_sampler.selfspec = True  # read by compat/cpu_sampling.py
 
 
 def draft_slots(
@@ -108,9 +109,10 @@ class SelfDraftProposer(DraftModelProposer):
 
     @torch.inference_mode()
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Run the view once, on no more rows than it will ever see: one per request."""
+        """Run each of the view's stacks once, on no more rows than it will ever see: one per request."""
         self.num_speculative_tokens = 1
-        super().dummy_run(max(2, min(num_tokens, self.max_batch_size)), *args, **kwargs)
+        for rows in {2, max(2, min(num_tokens, self.max_batch_size))}:
+            super().dummy_run(rows, *args, **kwargs)
         self.num_speculative_tokens = self.speculative_config.num_speculative_tokens
 
     def _allocated_tokens(self, batch_size: int) -> torch.Tensor:

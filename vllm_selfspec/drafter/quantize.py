@@ -1,6 +1,7 @@
 """Linear weights at the drafter's precision: quantized once, applied many times, refreshed in place.
 
-On CPU: int8 (W8A8, per output channel and per token, oneDNN) and int4 (groups of the input dimension, ATen).
+On CPU: int8 (W8A8, per output channel and per token, oneDNN), int4 (groups of the input dimension, ATen), and both,
+where the number of rows decides.
 On CUDA: vLLM's own kernel classes, see `quantize_cuda.py`.
 """
 
@@ -13,6 +14,9 @@ import torch
 from vllm_selfspec.config import ConfigError, Precision
 
 INT4_GROUP = 64
+
+FEW_ROWS = 3
+"""ATen's int4 kernel works in blocks of four rows, and its time grows with each: up to here it beats int8."""
 
 
 class QuantizedLinear(ABC):
@@ -34,6 +38,10 @@ class QuantizedLinear(ABC):
     def nbytes(self) -> int:
         """Bytes that the quantized weight occupies."""
 
+    def at(self, few_rows: bool) -> QuantizedLinear:
+        """The weight as it is best applied to few rows (up to `FEW_ROWS`), or to more."""
+        return self
+
 
 class CpuInt8Linear(QuantizedLinear):
     """Symmetric int8 per output channel, activations quantized per token, oneDNN W8A8."""
@@ -46,10 +54,10 @@ class CpuInt8Linear(QuantizedLinear):
     def _pack(self, weight: torch.Tensor):  # type: ignore[no-untyped-def]  # vLLM's handler class is untyped
         from vllm import _custom_ops as ops
 
-        weight = weight.to(torch.float32, copy=True)  # divided in place below: never the target's own
+        # vLLM's quantizer for the rows of an activation does the same to the rows of a weight.
+        quantized, scale, _ = ops.onednn_scaled_int8_quant(weight.contiguous(), None, None, True)
         # oneDNN keeps a pointer to the scales: they live as long as the handler, and are overwritten by a refresh.
-        self._scale.copy_(weight.abs().amax(dim=1, keepdim=True).clamp_(min=1e-8).div_(127))
-        quantized = weight.div_(self._scale).round_().clamp_(-127, 127).to(torch.int8)
+        self._scale.copy_(scale)
         self._nbytes = quantized.nbytes + self._scale.nbytes
         return ops.create_onednn_scaled_mm(quantized.t(), self._scale, self._dtype, True, False, 32)
 
@@ -111,6 +119,37 @@ class CpuInt4Linear(QuantizedLinear):
         return self._packed.nbytes + self._scale_and_zero.nbytes
 
 
+class CpuMixedLinear(QuantizedLinear):
+    """int4 for few rows and int8 for more, both kept."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self._few, self._many = _int4(weight), CpuInt8Linear(weight)
+
+    def refresh(self, weight: torch.Tensor) -> None:
+        self._few.refresh(weight)
+        self._many.refresh(weight)
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self.at(x.numel() // x.shape[-1] <= FEW_ROWS).apply(x, bias)
+
+    @property
+    def nbytes(self) -> int:
+        return self._few.nbytes + self._many.nbytes
+
+    def at(self, few_rows: bool) -> QuantizedLinear:
+        return self._few if few_rows else self._many
+
+
+def _int4(weight: torch.Tensor) -> CpuInt4Linear:
+    rows, columns = weight.shape
+    if columns % INT4_GROUP or rows % 16:
+        raise ConfigError(
+            f"drafter precision int4 needs weights whose inputs are a multiple of {INT4_GROUP} and outputs of 16, "
+            f"but one is {rows} x {columns}: use int8."
+        )
+    return CpuInt4Linear(weight)
+
+
 def default_precision(device_type: str) -> Precision:
     """The cheapest precision that this platform's kernels support."""
     if device_type == "cpu":
@@ -135,7 +174,8 @@ def choose_precision(field: str, asked: Precision | None, device_type: str) -> P
     if device_type == "cpu":
         import vllm._custom_ops  # noqa: F401  # registers the kernels
 
-        usable = ["native", "int4"] + (["int8"] if hasattr(torch.ops._C, "create_onednn_scaled_mm_handler") else [])
+        int8 = hasattr(torch.ops._C, "create_onednn_scaled_mm_handler")
+        usable = ["native", "int4", *(["int8", "int4+int8"] if int8 else [])]
     else:
         from vllm_selfspec.drafter.quantize_cuda import usable_precisions
 
@@ -161,10 +201,4 @@ def quantize(weight: torch.Tensor, precision: Precision) -> QuantizedLinear:
         return CudaLinear(weight, precision)
     if precision == "int8":
         return CpuInt8Linear(weight)
-    rows, columns = weight.shape
-    if columns % INT4_GROUP or rows % 16:
-        raise ConfigError(
-            f"drafter precision int4 needs weights whose inputs are a multiple of {INT4_GROUP} and outputs of 16, "
-            f"but one is {rows} x {columns}: use int8."
-        )
-    return CpuInt4Linear(weight)
+    return _int4(weight) if precision == "int4" else CpuMixedLinear(weight)

@@ -12,7 +12,7 @@ import functools
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -50,7 +50,6 @@ class WeightTap:
         self._plan = plan
         self._states: weakref.WeakKeyDictionary[nn.Module, QuantizedLinear] = weakref.WeakKeyDictionary()
         self._stale: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._fresh: weakref.WeakSet[nn.Module] | None = None  # captured since begin_update()
         self._watched: list[torch.Tensor] = []
         self._fingerprint: torch.Tensor | None = None
         self._last_proposal = time.monotonic()
@@ -85,8 +84,6 @@ class WeightTap:
             self.refresh_seconds += time.perf_counter() - start
             self.refreshed_layers += 1
         self._stale.discard(layer)
-        if self._fresh is not None:
-            self._fresh.add(layer)
 
     def state(self, layer: nn.Module, precision: Precision) -> QuantizedLinear:
         """The quantized weight of `layer`, made now if the layer still holds its full weight."""
@@ -119,14 +116,9 @@ class WeightTap:
         self._fingerprint = self._read_fingerprint()
         self._stale.clear()
 
-    def begin_update(self) -> None:
-        """An update session starts: layers captured from here on are fresh at its end."""
-        self._fresh = weakref.WeakSet()
-
     def mark_stale(self) -> None:
         """The target's weights changed; layers that still hold theirs are quantized again before the next proposal."""
-        fresh, self._fresh = self._fresh, None
-        self._stale.update(layer for layer in self._states if fresh is None or layer not in fresh)
+        self._stale.update(self._states)
 
     def refresh(self) -> int:
         """Quantize the stale layers again; returns how many."""
@@ -180,20 +172,26 @@ def process_weights_after_loading(original: Callable[..., None], self: Any, laye
     original(self, layer)
 
 
+class RefreshCost(NamedTuple):
+    """What following the target's weights has cost: layers quantized again, and the seconds that took."""
+
+    layers: int
+    seconds: float
+
+
+def refresh_cost(vllm_config: Any) -> RefreshCost:
+    """The cost so far, of all drafters of one engine in this process."""
+    taps = taps_of(vllm_config)
+    return RefreshCost(sum(tap.refreshed_layers for tap in taps), sum(tap.refresh_seconds for tap in taps))
+
+
 def taps_of(vllm_config: Any) -> list[WeightTap]:
     """The taps of one engine's drafters."""
     return [tap for tap in WeightTap._living if tap.vllm_config is vllm_config]
 
 
-def update_begins(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wraps the worker's `start_weight_update`."""
-    for tap in taps_of(self.vllm_config):
-        tap.begin_update()
-    return original(self, *args, **kwargs)
-
-
 def update_ends(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wraps the worker's `finish_weight_update`, `wake_up` and `reset_weights`: the weights are others now."""
+    """Wraps what ends an update, the worker's `finish_weight_update` and its like: the weights are others now."""
     try:
         return original(self, *args, **kwargs)
     finally:
@@ -201,11 +199,16 @@ def update_ends(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
             tap.mark_stale()
 
 
-def whole_update(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wraps the worker's `reload_weights`, a whole update in one call."""
-    for tap in taps_of(self.vllm_config):
-        tap.begin_update()
-    return update_ends(original, self, *args, **kwargs)
+def sample_tokens(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wraps the worker's `sample_tokens`: what refreshes have cost so far travels to the scheduler with its result."""
+    output = original(self, *args, **kwargs)
+    cost = refresh_cost(self.vllm_config)
+    if cost.layers:
+        # Asynchronous scheduling wraps the result, under one name on runner V1 and another on V2.
+        inner = getattr(output, "_model_runner_output", None) or getattr(output, "model_runner_output", output)
+        if inner is not None:
+            inner.selfspec_refresh_cost = cost
+    return output
 
 
 def selfspec_refresh(self: Any) -> dict[str, float]:
@@ -221,9 +224,10 @@ def selfspec_refresh(self: Any) -> dict[str, float]:
         for tap in taps:
             tap.mark_stale()
             refreshed += tap.refresh()
+    cost = refresh_cost(self.vllm_config)
     return {
         "layers": refreshed,
-        "total_layers": sum(tap.refreshed_layers for tap in taps),
-        "total_seconds": sum(tap.refresh_seconds for tap in taps),
+        "total_layers": cost.layers,
+        "total_seconds": cost.seconds,
         "bytes": sum(tap.nbytes for tap in taps),
     }

@@ -22,7 +22,7 @@ from vllm.model_executor.models import supports_multimodal
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_selfspec.config import ConfigError, Precision
-from vllm_selfspec.drafter.quantize import QuantizedLinear
+from vllm_selfspec.drafter.quantize import FEW_ROWS, QuantizedLinear
 from vllm_selfspec.drafter.refresh import WeightTap
 
 
@@ -51,13 +51,13 @@ def shallow_copy(module: nn.Module) -> Any:
     return clone
 
 
-def quantized_copy(module: nn.Module, precision: Precision, tap: WeightTap) -> nn.Module:
+def quantized_copy(module: nn.Module, precision: Precision, tap: WeightTap, few_rows: bool) -> nn.Module:
     """`module` itself if it holds nothing to quantize, else a shallow copy whose linear layers use the tap's."""
     if is_quantizable(module):
         clone = shallow_copy(module)
-        clone.quant_method = DrafterLinearMethod(tap.state(module, precision))
+        clone.quant_method = DrafterLinearMethod(tap.state(module, precision).at(few_rows))
         return clone
-    children = {name: quantized_copy(child, precision, tap) for name, child in module.named_children()}
+    children = {name: quantized_copy(child, precision, tap, few_rows) for name, child in module.named_children()}
     if all(child is module._modules[name] for name, child in children.items()):
         return module
     clone = shallow_copy(module)
@@ -86,13 +86,26 @@ def quantization_plan(
     return plan
 
 
-@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
-class DraftBackbone(nn.Module):
-    """The view's decoder stack, compiled under its own name so that its graph is not taken for the target's."""
+class _Backbone(nn.Module):
+    """A view's decoder stack."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", decoder: nn.Module) -> None:
         super().__init__()
         self.decoder = decoder
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
+class DraftBackbone(_Backbone):
+    """The stack compiled under its own name, so that its graph is not taken for the target's."""
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states [T, hidden_size] after the final norm, of tokens [T] at positions [T]."""
+        return self.decoder.forward(input_ids, positions, None)
+
+
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
+class FewRowsBackbone(_Backbone):
+    """The same for few rows: a class and a `forward` of its own, because vLLM finds compiled graphs by them."""
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, hidden_size] after the final norm, of tokens [T] at positions [T]."""
@@ -105,20 +118,21 @@ class DraftModel(nn.Module):
     It has no `load_weights`: the target's loader must never reach the drafter through it.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    def __init__(self, backbones: Sequence[nn.Module], heads: Sequence[nn.Module]) -> None:
+        """From one of each, or from two: the first for many rows, the second for few."""
         super().__init__()
-        self.backbone = backbone
-        self._heads = (head,)  # in a tuple, so that the target's parameters are not registered a second time
+        self.backbones = nn.ModuleList(backbones)
+        self._heads = tuple(heads)  # not registered: their parameters are the target's
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
         assert inputs_embeds is None, "the self-drafter embeds its own tokens"
-        return self.backbone(input_ids, positions)
+        return self.backbones[-1 if len(input_ids) <= FEW_ROWS else 0](input_ids, positions)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [T, vocab_size] of hidden states [T, hidden_size]."""
-        return self._heads[0].compute_logits(hidden_states)
+        return self._heads[-1 if len(hidden_states) <= FEW_ROWS else 0].compute_logits(hidden_states)
 
 
 def build_view(
@@ -143,27 +157,34 @@ def build_view(
             "compute_logits: remove the speculative config for this model."
         )
     chosen = [stack[layer] for layer in layers]
-    if weights != "native":
-        chosen = [quantized_copy(layer, weights, tap) for layer in chosen]
-        if not any(
-            isinstance(getattr(m, "quant_method", None), DrafterLinearMethod) for c in chosen for m in c.modules()
-        ):
-            raise ConfigError(
-                f"drafter.weights is {weights!r}, but {type(target).__name__} has no unquantized linear layer: "
-                "set it to 'native' and draft with exit_layer or skip_layers."
-            )
-    decoder = shallow_copy(inner)
-    decoder.layers = nn.ModuleList(chosen)
-    decoder.start_layer, decoder.end_layer = 0, len(chosen)
-    head = shallow_copy(top)
-    if lm_head != "native":
-        if not isinstance(top.lm_head.quant_method, UnquantizedEmbeddingMethod):
-            raise ConfigError(
-                "drafter.lm_head cannot be quantized a second time on this checkpoint: set it to 'native'."
-            )
-        head._modules["lm_head"] = shallow_copy(top.lm_head)
-        head.lm_head.quant_method = DrafterLinearMethod(tap.state(top.lm_head, lm_head))
-    with set_current_vllm_config(vllm_config), set_model_tag("selfspec_drafter"):
-        backbone = DraftBackbone(vllm_config=vllm_config, decoder=decoder)
+    if weights != "native" and not any(is_quantizable(m) for layer in chosen for m in layer.modules()):
+        raise ConfigError(
+            f"drafter.weights is {weights!r}, but {type(target).__name__} has no unquantized linear layer: "
+            "set it to 'native' and draft with exit_layer or skip_layers."
+        )
+    if lm_head != "native" and not isinstance(top.lm_head.quant_method, UnquantizedEmbeddingMethod):
+        raise ConfigError("drafter.lm_head cannot be quantized a second time on this checkpoint: set it to 'native'.")
+
+    def backbone(few_rows: bool) -> nn.Module:
+        decoder = shallow_copy(inner)
+        decoder.layers = nn.ModuleList(
+            layer if weights == "native" else quantized_copy(layer, weights, tap, few_rows) for layer in chosen
+        )
+        decoder.start_layer, decoder.end_layer = 0, len(chosen)
+        kind, tag = (FewRowsBackbone, "selfspec_drafter_few_rows") if few_rows else (DraftBackbone, "selfspec_drafter")
+        with set_current_vllm_config(vllm_config), set_model_tag(tag):
+            return kind(vllm_config=vllm_config, decoder=decoder)
+
+    def head(few_rows: bool) -> nn.Module:
+        clone = shallow_copy(top)
+        if lm_head != "native":
+            clone._modules["lm_head"] = shallow_copy(top.lm_head)
+            clone.lm_head.quant_method = DrafterLinearMethod(tap.state(top.lm_head, lm_head).at(few_rows))
+        return clone
+
+    model = DraftModel(
+        [backbone(few_rows) for few_rows in ([False, True] if weights == "int4+int8" else [False])],
+        [head(few_rows) for few_rows in ([False, True] if lm_head == "int4+int8" else [False])],
+    )
     names = {m.layer_name for layer in chosen for m in layer.modules() if isinstance(m, AttentionLayerBase)}
-    return DraftModel(backbone, head), names
+    return model, names

@@ -1,0 +1,56 @@
+"""From the steps of a timed engine to points of the cost model."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_selfspec.control.policy import StepObservation
+from vllm_selfspec.live_profile import points_of
+
+PLAIN, DRAFT, VERIFY = 0.05, 0.01, {1: 0.06, 4: 0.08}
+
+
+def step(seconds: float, num_verified: float = 0, num_drafted: int = 0, **other: int) -> StepObservation:
+    fields = {"num_decode": 2, "prefill_tokens": 0} | other
+    return StepObservation(seconds, mean_context=100.0, num_verified=num_verified, num_drafted=num_drafted, **fields)
+
+
+def run(slowness: float) -> list[StepObservation]:
+    """Plain, draft, verify for each length, on a machine that is slower by this factor."""
+    steps = []
+    for length, seconds in VERIFY.items():
+        steps += [step(PLAIN), step(PLAIN + length * DRAFT, num_drafted=length), step(seconds, num_verified=length)]
+    return [
+        StepObservation(s.seconds * slowness, s.num_decode, s.mean_context, s.num_verified, s.num_drafted)
+        for s in steps
+    ]
+
+
+def test_points_are_the_times_that_were_measured() -> None:
+    # One of three runs was disturbed; steps with prefill and with another batch say nothing.
+    runs = [run(1.0), [*run(3.0), step(9.0, prefill_tokens=7), step(9.0, num_decode=1), step(9.0, 0.5)], run(1.0)]
+    points = {(p.component, p.num_draft_tokens): p for p in points_of(runs, batch=2)}
+    assert {key: p.seconds for key, p in points.items()} == pytest.approx(
+        {
+            ("target", 0): PLAIN,
+            ("verify", 1): VERIFY[1],
+            ("verify", 4): VERIFY[4],
+            ("draft", 1): DRAFT,
+            ("draft", 4): DRAFT,
+        }
+    )
+    assert all(p.batch == 2 and p.seq == 100 for p in points.values())
+
+
+def test_points_are_as_uncertain_as_the_steps_scatter() -> None:
+    def error(times: list[float]) -> float:
+        (point,) = points_of([[step(seconds) for seconds in times]], batch=2)
+        return point.noise
+
+    calm = [0.050, 0.051, 0.049, 0.050, 0.051, 0.049, 0.050, 0.051]
+    assert error([0.050, 0.090, 0.030, 0.060, 0.120, 0.045, 0.050, 0.100]) > 5 * error(calm)
+    assert error(calm[:2]) > error(calm)
+
+
+def test_no_points_without_a_plain_step() -> None:
+    assert points_of([[step(0.06, num_verified=1)]], batch=2) == []
