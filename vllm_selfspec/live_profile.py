@@ -196,7 +196,7 @@ def run_batch(core: Any, batch: int, lengths: Sequence[int]) -> list[StepObserva
 
 
 def points_of(runs: Sequence[Sequence[StepObservation]], batch: int) -> list[Point]:
-    """Median times of the steps that decoded the whole batch and nothing else.
+    """Median times of the steps that decoded, or first computed, the whole batch and nothing else.
 
     Args:
         runs: the steps of each run, in order.
@@ -205,11 +205,16 @@ def points_of(runs: Sequence[Sequence[StepObservation]], batch: int) -> list[Poi
     plain: list[float] = []
     verify: dict[int, list[float]] = defaultdict(list)
     draft: dict[int, list[float]] = defaultdict(list)
+    prefill: dict[int, list[float]] = defaultdict(list)
     contexts: list[float] = []
     for run in runs:
         last_plain = None
         for step in run:
-            if step.num_decode != batch or step.prefill_tokens or step.num_verified != int(step.num_verified):
+            if step.num_decode != batch or step.num_verified != int(step.num_verified):
+                continue
+            if step.prefill_tokens:
+                if step.num_verified == step.num_drafted == 0:  # all prompts whole, in one step
+                    prefill[step.prefill_tokens // batch + 1].append(step.seconds)
                 continue
             contexts.append(step.mean_context)
             if step.num_drafted == 0 and step.num_verified == 0:
@@ -225,6 +230,7 @@ def points_of(runs: Sequence[Sequence[StepObservation]], batch: int) -> list[Poi
     seq = max(1, round(statistics.fmean(contexts)))
     points = [Point("target", batch, seq, 0, statistics.median(plain), _error(plain))]
     points += [Point("verify", batch, seq, k, statistics.median(t), _error(t)) for k, t in sorted(verify.items())]
+    points += [Point("prefill", batch, n, 0, statistics.median(t), _error(t)) for n, t in prefill.items()]
     points += [
         Point("draft", batch, seq, k, statistics.median(t), _error(t))
         for k, t in sorted(draft.items())

@@ -28,7 +28,11 @@ def run(slowness: float) -> list[StepObservation]:
 
 def test_points_are_the_times_that_were_measured() -> None:
     # One of three runs was disturbed; steps with prefill and with another batch say nothing.
-    runs = [run(1.0), [*run(3.0), step(9.0, prefill_tokens=7), step(9.0, num_decode=1), step(9.0, 0.5)], run(1.0)]
+    runs = [
+        run(1.0),
+        [*run(3.0), step(9.0, num_drafted=1, prefill_tokens=7), step(9.0, num_decode=1), step(9.0, 0.5)],
+        run(1.0),
+    ]
     points = {(p.component, p.num_draft_tokens): p for p in points_of(runs, batch=2)}
     assert {key: p.seconds for key, p in points.items()} == pytest.approx(
         {
@@ -40,6 +44,14 @@ def test_points_are_the_times_that_were_measured() -> None:
         }
     )
     assert all(p.batch == 2 and p.seq == 100 for p in points.values())
+
+
+def test_a_step_that_computes_all_prompts_is_a_prefill_point() -> None:
+    # Two requests of 32 tokens: the last token of each counts as decoding.
+    points = points_of([[step(0.3, prefill_tokens=62), step(PLAIN)]], batch=2)
+    assert [(p.component, p.batch, p.seq, p.seconds) for p in points if p.component == "prefill"] == [
+        ("prefill", 2, 32, 0.3)
+    ]
 
 
 def test_points_are_as_uncertain_as_the_steps_scatter() -> None:

@@ -96,6 +96,16 @@ def test_twelve_live_points_are_reproduced_and_interpolated() -> None:
         assert model.verify_time(batch, 128, gamma) == pytest.approx(_cpu_seconds("verify", batch, gamma), rel=0.25)
 
 
+def test_a_measured_prefill_sets_the_cost_of_prompt_rows() -> None:
+    points = _cpu_points()
+    prefills = [Point("prefill", 1, 32, 0, 0.05), Point("prefill", 4, 32, 0, 0.128)]
+    plain, model = CostModel.fit(points), CostModel.fit(points + prefills)
+    assert model.prefill_time(100) == pytest.approx(0.1)  # the largest counts
+    assert model.step_times(1, 128, 3).per_row == pytest.approx(0.001)
+    assert CostModel.from_dict(model.to_dict()).prefill_time(100) == pytest.approx(0.1)
+    assert model.verify_time(4, 128, 3) == plain.verify_time(4, 128, 3)
+
+
 def test_a_missing_component_is_refused() -> None:
     with pytest.raises(ValueError, match="no draft time"):
         CostModel.fit([Point("target", 1, 128, 0, 0.01)])
@@ -103,7 +113,7 @@ def test_a_missing_component_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"component": "prefill"}, {"batch": 0}, {"seq": 0}, {"seconds": 0.0}, {"seconds": float("nan")}],
+    [{"component": "warm-up"}, {"batch": 0}, {"seq": 0}, {"seconds": 0.0}, {"seconds": float("nan")}],
 )
 def test_impossible_points_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="point"):

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -168,7 +168,7 @@ def cross_validate(
         ValueError: no operating point has target, verify and draft times, or there is only one group.
     """
     fit = fit or (lambda kept: CostModel.fit(kept, constants))
-    measured: dict[Component, dict[tuple[int, int, int], float]] = {"target": {}, "verify": {}, "draft": {}}
+    measured: dict[Component, dict[tuple[int, int, int], float]] = {name: {} for name in get_args(Component)}
     for point in points:
         measured[point.component][point.batch, point.seq, point.num_draft_tokens] = point.seconds
     keys = sorted(key for key in measured["verify"] if key in measured["draft"] and (*key[:2], 0) in measured["target"])

@@ -23,7 +23,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,8 +31,9 @@ from scipy.linalg import cho_solve
 from scipy.optimize import least_squares, minimize
 
 SCHEMA_VERSION = 1
-Component = Literal["target", "verify", "draft"]
+Component = Literal["target", "verify", "draft", "prefill"]
 Array = NDArray[np.float64]
+_DECODING = ("target", "verify")
 
 _BATCH_NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 _SEQ_NODES = (1, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
@@ -60,7 +61,8 @@ class Point:
     """One measurement: `seconds` of one forward of `component` at `batch` requests of `seq` context tokens.
 
     `num_draft_tokens` is what "verify" verifies, 0 for "target", and for "draft" the γ of the cycle that the draft
-    forward was part of (engines pad draft batches by it). `noise` is the relative standard error of `seconds`.
+    forward was part of (engines pad draft batches by it). "prefill" computes the `seq` prompt tokens of each request in
+    one step. `noise` is the relative standard error of `seconds`.
     """
 
     component: Component
@@ -71,8 +73,10 @@ class Point:
     noise: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.component not in ("target", "verify", "draft"):
-            raise ValueError(f"component {self.component!r} of a measured point must be target, verify or draft.")
+        if self.component not in get_args(Component):
+            raise ValueError(
+                f"component {self.component!r} of a point must be one of {', '.join(get_args(Component))}."
+            )
         if self.batch < 1 or self.seq < 1 or self.num_draft_tokens < 0:
             raise ValueError(f"point {self} needs batch ≥ 1, seq ≥ 1 and num_draft_tokens ≥ 0.")
         if not (self.seconds > 0.0 and math.isfinite(self.seconds)):
@@ -318,8 +322,12 @@ class CostModel:
     ) -> None:
         self._forward, self._draft = forward, draft
         self.points, self.constants, self.meta = tuple(points), constants, dict(meta)
-        drafts = {*_DRAFT_NODES, *(p.num_draft_tokens for p in points if p.component != "draft")}
-        self._forward_table = _Table(forward, [p for p in points if p.component != "draft"], sorted(drafts))
+        decoding = [p for p in points if p.component in _DECODING]
+        drafts = {*_DRAFT_NODES, *(p.num_draft_tokens for p in decoding)}
+        self._forward_table = _Table(forward, decoding, sorted(drafts))
+        # The largest measured prefill; without one, what a verified row costs, of which each has logits, too.
+        prefill = max((p for p in points if p.component == "prefill"), key=lambda p: p.batch * p.seq, default=None)
+        self._per_row = prefill.seconds / (prefill.batch * prefill.seq) if prefill else forward.roofline.row
         self._max_drafts = max(drafts)
         plain_drafts = sorted(drafts) if draft.padded else [0]
         self._draft_table = _Table(draft, [p for p in points if p.component == "draft"], plain_drafts)
@@ -347,7 +355,7 @@ class CostModel:
         """
         points = list(points)
         constants = constants or ModelConstants()
-        target = [p for p in points if p.component != "draft"]
+        target = [p for p in points if p.component in _DECODING]
         drafts = [p for p in points if p.component == "draft"]
         for name, group in (("target or verify", target), ("draft", drafts)):
             if not group:
@@ -404,7 +412,7 @@ class CostModel:
 
     def prefill_time(self, tokens: ArrayLike) -> Any:
         """Marginal seconds of `tokens` prefill rows in a step that is already compute-bound (no weight read)."""
-        return _scalar_or_array(self._forward.roofline.row * np.asarray(tokens, dtype=float))
+        return _scalar_or_array(self._per_row * np.asarray(tokens, dtype=float))
 
     def cycle_time(self, batch: ArrayLike, seq: ArrayLike, num_draft_tokens: ArrayLike) -> Any:
         """γ·T_D + T_V(γ): seconds of one cycle of γ drafts."""
@@ -427,7 +435,7 @@ class CostModel:
         return StepTimes(
             verify=tuple(verify.tolist()),
             draft=float(self._draft_table(batch, seq, 0)),
-            per_row=self._forward.roofline.row,
+            per_row=self._per_row,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -477,7 +485,7 @@ class CostModel:
             constants = ModelConstants(**profile["constants"])
             forward_part, draft_part = profile["model"]["forward"], profile["model"]["draft"]
             forward = _Forward(
-                [p for p in points if p.component != "draft"],
+                [p for p in points if p.component in _DECODING],
                 constants,
                 draft=False,
                 padded=False,

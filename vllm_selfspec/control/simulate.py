@@ -615,7 +615,7 @@ def scale_cost_model(
     points: list[Point] = []
     for point in cost.points:
         line = cost.draft_roofline if point.component == "draft" else cost.target_roofline
-        rows = point.batch * (1 if point.component == "draft" else point.num_draft_tokens + 1)
+        rows = point.batch * {"draft": 1, "prefill": point.seq}.get(point.component, point.num_draft_tokens + 1)
         at = np.array(float(point.batch)), np.array(float(point.seq)), np.array(float(rows))
         ratio = float(scaled(line).time(*at) / line.time(*at))
         points.append(replace(point, seconds=point.seconds * ratio + extra_seconds))
