@@ -82,7 +82,7 @@ lint: setup
 unit-test: setup
 	@echo "test 2/3: unit tests (no vLLM)"
 	@# The fits work on small matrices: threads only get into each other's way.
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/unit
 
 engine-test: setup
 	@echo "test 3/3: engine tests"

@@ -1,5 +1,6 @@
 """What the pool costs, and what a second CPU worker brings: alternating rounds over the same prompts.
 
+    eval "$(python -m vllm_selfspec.engine_env)"           # else the bare engine lacks what the pool gives its workers
     python benchmarks/pool_overhead.py --compare bare      # pool of one worker against LLM.generate
     python benchmarks/pool_overhead.py --compare workers   # pool of two workers (half of the cores each) against one
 
