@@ -25,14 +25,12 @@ import gc
 import importlib.metadata
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -242,49 +240,21 @@ def measure_engine(
 
 def run_point(core: Any, setting: Setting, repetitions: int) -> tuple[list[Any], dict[str, Any]]:
     """The steps of `repetitions` times plain, draft, verify, and the memory of one more cycle of them."""
-    from vllm import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
+    from vllm_selfspec.live_profile import synthetic_requests
 
-    dice = random.Random(repr(setting))
-    names = [f"scaling-{row}" for row in range(setting.batch)]
-    for name in names:
-        request = EngineCoreRequest(
-            request_id=name,
-            prompt_token_ids=[dice.randrange(setting.vocabulary) for _ in range(setting.context)],
-            mm_features=None,
-            sampling_params=SamplingParams(
-                temperature=1.0, max_tokens=MAX_MODEL_LEN - setting.context, ignore_eos=True
-            ),
-            pooling_params=None,
-            arrival_time=time.time(),
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
-        )
-        core.add_request(*core.preprocess_add_request(request))
-
-    def step() -> None:
-        core.post_step(core.step_fn()[1])
-
-    scheduler, observations = core.scheduler, []
-    with scheduler.dictated(observations) as dictate:
-        dictate(0)
+    cycle = (0, setting.num_draft_tokens, 0)
+    requests = synthetic_requests(core, setting.batch, setting.context, MAX_MODEL_LEN - setting.context)
+    with requests as (step, observations):
         while not observations or observations[-1].num_decode < setting.batch:  # long prompts come in several steps
-            step()
-        for length in (0, setting.num_draft_tokens, 0) * repetitions:
-            dictate(length)
-            step()
+            step(0)
+        for length in cycle * repetitions:
+            step(length)
         timed = list(observations)
         memory: dict[str, Any] = {"peak_bytes": {}}
-        for kind, length in zip(KINDS, (0, setting.num_draft_tokens, 0), strict=True):
-            dictate(length)
-            memory["peak_bytes"][kind] = peak_of(step)
+        for kind, length in zip(KINDS, cycle, strict=True):
+            memory["peak_bytes"][kind] = peak_of(step, length)
             if kind == "draft":
                 memory["q_bytes"] = runner_of(core).drafter.take_last_draft_probs().nbytes
-        dictate(0)
-        core.abort_requests(names)
-        while scheduler.has_requests():
-            step()
     return timed, memory
 
 
@@ -312,12 +282,12 @@ def static_memory(core: Any) -> dict[str, int]:
     }
 
 
-def peak_of(step: Any) -> int:
+def peak_of(step: Callable[[int], None], num_draft_tokens: int) -> int:
     """Most bytes that torch's CPU allocator held at once during one step, over what it held before."""
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
+        step(num_draft_tokens)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
     return int(max(0, held.max()))

@@ -16,7 +16,8 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from vllm.v1.engine import EngineCoreRequest
 
 from vllm_selfspec import __version__
 from vllm_selfspec.config import ConfigError, SelfSpecConfig
-from vllm_selfspec.control.cost_model import CostModel, Point, ProfileIdentity, check_profile
+from vllm_selfspec.control.cost_model import Component, CostModel, Point, ProfileIdentity, check_profile
 from vllm_selfspec.control.policy import StepObservation
 
 logger = init_logger("vllm.selfspec")
@@ -160,21 +161,37 @@ def measure(core: Any, settings: SelfSpecConfig, identity: ProfileIdentity) -> C
 
 def run_batch(core: Any, batch: int, lengths: Sequence[int]) -> list[StepObservation]:
     """The steps of one batch size, in order; leaves the engine without requests."""
-    config, scheduler = core.vllm_config, core.scheduler
     # A plain step, one that drafts, one that only verifies what was drafted.
     plan = [dictated for length in lengths for dictated in (0, length, 0)] * REPETITIONS
-    room = config.model_config.max_model_len
+    room = core.vllm_config.model_config.max_model_len
     prompt = min(PROMPT_TOKENS, max(1, room // 4))
     needed = 2 + sum(length + 1 for length in plan)
+    with synthetic_requests(core, batch, prompt, min(needed, room - prompt)) as (step, observations):
+        for length in [0, *plan]:
+            step(length)
+    core.reset_prefix_cache()
+    return observations
+
+
+@contextmanager
+def synthetic_requests(
+    core: Any, batch: int, prompt_tokens: int, max_tokens: int
+) -> Iterator[tuple[Callable[[int], None], list[StepObservation]]]:
+    """Requests of random tokens at temperature 1, whose draft lengths the caller dictates; aborted at the end.
+
+    Yields:
+        a function that runs one step of the engine, which drafts as many tokens as it is told, and the list to which
+        every step is appended.
+    """
+    vocabulary = core.vllm_config.model_config.get_vocab_size()
     dice = random.Random(batch)
-    vocabulary = config.model_config.get_vocab_size()
-    names = [f"selfspec-calibration-{batch}-{row}" for row in range(batch)]
+    names = [f"selfspec-synthetic-{row}" for row in range(batch)]
     for name in names:
         request = EngineCoreRequest(
             request_id=name,
-            prompt_token_ids=[dice.randrange(vocabulary) for _ in range(prompt)],
+            prompt_token_ids=[dice.randrange(vocabulary) for _ in range(prompt_tokens)],
             mm_features=None,
-            sampling_params=SamplingParams(temperature=1.0, max_tokens=min(needed, room - prompt), ignore_eos=True),
+            sampling_params=SamplingParams(temperature=1.0, max_tokens=max_tokens, ignore_eos=True),
             pooling_params=None,
             arrival_time=time.time(),
             lora_request=None,
@@ -183,16 +200,16 @@ def run_batch(core: Any, batch: int, lengths: Sequence[int]) -> list[StepObserva
         )
         core.add_request(*core.preprocess_add_request(request))
     observations: list[StepObservation] = []
-    with scheduler.dictated(observations) as dictate:
-        for length in [0, *plan]:
-            dictate(length)
+    with core.scheduler.dictated(observations) as dictate:
+
+        def step(num_draft_tokens: int) -> None:
+            dictate(num_draft_tokens)
             core.post_step(core.step_fn()[1])
-        dictate(0)
+
+        yield step, observations
         core.abort_requests(names)
-        while scheduler.has_requests():
-            core.post_step(core.step_fn()[1])
-    core.reset_prefix_cache()
-    return observations
+        while core.scheduler.has_requests():
+            step(0)
 
 
 def points_of(runs: Sequence[Sequence[StepObservation]], batch: int) -> list[Point]:
@@ -202,9 +219,7 @@ def points_of(runs: Sequence[Sequence[StepObservation]], batch: int) -> list[Poi
         runs: the steps of each run, in order.
         batch: requests in each run.
     """
-    plain: list[float] = []
-    verify: dict[int, list[float]] = defaultdict(list)
-    draft: dict[int, list[float]] = defaultdict(list)
+    seconds: dict[tuple[Component, int], list[float]] = defaultdict(list)
     prefill: dict[int, list[float]] = defaultdict(list)
     contexts: list[float] = []
     for run in runs:
@@ -212,31 +227,25 @@ def points_of(runs: Sequence[Sequence[StepObservation]], batch: int) -> list[Poi
         for step in run:
             if step.num_decode != batch or step.num_verified != int(step.num_verified):
                 continue
+            verified, drafted = int(step.num_verified), step.num_drafted
             if step.prefill_tokens:
-                if step.num_verified == step.num_drafted == 0:  # all prompts whole, in one step
+                if verified == drafted == 0:
                     prefill[step.prefill_tokens // batch + 1].append(step.seconds)
                 continue
             contexts.append(step.mean_context)
-            if step.num_drafted == 0 and step.num_verified == 0:
-                plain.append(step.seconds)
-                last_plain = step.seconds
-            elif step.num_drafted == 0:
-                verify[int(step.num_verified)].append(step.seconds)
-            elif step.num_verified == 0 and last_plain is not None:
+            if drafted == 0:
+                seconds["verify" if verified else "target", verified].append(step.seconds)
+                last_plain = last_plain if verified else step.seconds
+            elif verified == 0 and last_plain is not None:
                 # Against the plain step right before it: what slows the machine for a while slows both.
-                draft[step.num_drafted].append((step.seconds - last_plain) / step.num_drafted)
-    if not plain:
+                seconds["draft", drafted].append((step.seconds - last_plain) / drafted)
+    if ("target", 0) not in seconds:
         return []
     seq = max(1, round(statistics.fmean(contexts)))
-    points = [Point("target", batch, seq, 0, statistics.median(plain), _error(plain))]
-    points += [Point("verify", batch, seq, k, statistics.median(t), _error(t)) for k, t in sorted(verify.items())]
-    points += [Point("prefill", batch, n, 0, statistics.median(t), _error(t)) for n, t in prefill.items()]
-    points += [
-        Point("draft", batch, seq, k, statistics.median(t), _error(t))
-        for k, t in sorted(draft.items())
-        if statistics.median(t) > 0
-    ]
-    return points
+    measured: list[tuple[Component, int, int, list[float]]] = [(c, seq, k, t) for (c, k), t in seconds.items()]
+    measured += [("prefill", tokens, 0, t) for tokens, t in prefill.items()]
+    medians = [(component, at, k, statistics.median(t), _error(t)) for component, at, k, t in measured]
+    return [Point(component, batch, at, k, middle, error) for component, at, k, middle, error in medians if middle > 0]
 
 
 def _error(seconds: Sequence[float]) -> float:

@@ -485,43 +485,16 @@ def sweep_job(request: dict[str, Any]) -> dict[str, Any]:
 
 def measure_steps(core: Any, batch: int, seq: int, gamma: int) -> list[dict[str, float]]:
     """Steps of `batch` requests with contexts of about `seq` tokens: plain, drafting, verifying, in turn."""
-    from vllm import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
+    from vllm_selfspec.live_profile import synthetic_requests
 
     plan = [0, 0, gamma, 0] * REPETITIONS
-    dice = random.Random(seq * 1000 + batch)
-    vocabulary = core.vllm_config.model_config.get_vocab_size()
-    names = [f"sweep-{batch}-{seq}-{row}" for row in range(batch)]
-    for name in names:
-        request = EngineCoreRequest(
-            request_id=name,
-            prompt_token_ids=[dice.randrange(1, vocabulary) for _ in range(seq)],
-            mm_features=None,
-            sampling_params=SamplingParams(temperature=1.0, max_tokens=len(plan) * (gamma + 2), ignore_eos=True),
-            pooling_params=None,
-            arrival_time=time.time(),
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
-        )
-        core.add_request(*core.preprocess_add_request(request))
-    observations: list[Any] = []
-    with core.scheduler.dictated(observations) as dictate:
-
-        def step(length: int) -> None:
-            dictate(length)
-            core.post_step(core.step_fn()[1])
-
+    with synthetic_requests(core, batch, seq, len(plan) * (gamma + 2)) as (step, observations):
         while core.scheduler.waiting or not all(
             request.num_computed_tokens >= request.num_prompt_tokens for request in core.scheduler.running
         ):
             step(0)
         for length in [0, 0, *plan]:
             step(length)
-        dictate(0)
-        core.abort_requests(names)
-        while core.scheduler.has_requests():
-            core.post_step(core.step_fn()[1])
     return [
         {
             "seconds": seen.seconds,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from vllm_selfspec.control.policy import StepObservation
@@ -20,14 +22,11 @@ def run(slowness: float) -> list[StepObservation]:
     steps = []
     for length, seconds in VERIFY.items():
         steps += [step(PLAIN), step(PLAIN + length * DRAFT, num_drafted=length), step(seconds, num_verified=length)]
-    return [
-        StepObservation(s.seconds * slowness, s.num_decode, s.mean_context, s.num_verified, s.num_drafted)
-        for s in steps
-    ]
+    return [replace(s, seconds=s.seconds * slowness) for s in steps]
 
 
 def test_points_are_the_times_that_were_measured() -> None:
-    # One of three runs was disturbed; steps with prefill and with another batch say nothing.
+    # One of three runs was disturbed; drafts beside prefill, another batch and a fraction say nothing.
     runs = [
         run(1.0),
         [*run(3.0), step(9.0, num_drafted=1, prefill_tokens=7), step(9.0, num_decode=1), step(9.0, 0.5)],

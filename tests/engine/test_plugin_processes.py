@@ -78,6 +78,13 @@ def plain(tiny: Callable[..., str]) -> list[int]:
         return list(generate(llm, [PROMPT], greedy(40))[0][0])
 
 
+def test_flag_reaches_the_engine_core_process(tmp_path: Path, tiny: Callable[..., str], plain: list[int]) -> None:
+    arguments = {"model": tiny("llama"), "speculative_config": SETTINGS}
+    told = run_engine(tmp_path, {"arguments": arguments}, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    assert told["tokens"] == plain
+    assert told["accepted"] > 10
+
+
 def test_environment_variable_reaches_the_engine_core_process(
     tmp_path: Path, tiny: Callable[..., str], plain: list[int]
 ) -> None:
@@ -91,7 +98,7 @@ def test_environment_variable_reaches_the_engine_core_process(
     assert told["accepted"] > 10
 
 
-def test_flag_reaches_a_spawned_engine_core_which_times_itself(
+def test_a_spawned_adaptive_engine_core_times_itself(
     tmp_path: Path, tiny: Callable[..., str], plain: list[int]
 ) -> None:
     """It once was built before its process knew the plugin, and decided without a profile."""

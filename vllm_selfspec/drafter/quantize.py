@@ -8,6 +8,7 @@ On CUDA: vLLM's own kernel classes, see `quantize_cuda.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 
@@ -87,6 +88,12 @@ class CpuInt4Linear(QuantizedLinear):
     """Asymmetric int4 in groups of 64 inputs, weight-only, ATen's packed CPU kernel."""
 
     def __init__(self, weight: torch.Tensor) -> None:
+        rows, columns = weight.shape
+        if columns % INT4_GROUP or rows % 16:
+            raise ConfigError(
+                f"drafter precision int4 needs weights whose inputs are a multiple of {INT4_GROUP} and outputs of 16, "
+                f"but one is {rows} x {columns}: use int8."
+            )
         self._packed, self._scale_and_zero = self._pack(weight)
 
     @staticmethod
@@ -123,7 +130,7 @@ class CpuMixedLinear(QuantizedLinear):
     """int4 for few rows and int8 for more, both kept."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self._few, self._many = _int4(weight), CpuInt8Linear(weight)
+        self._few, self._many = CpuInt4Linear(weight), CpuInt8Linear(weight)
 
     def refresh(self, weight: torch.Tensor) -> None:
         self._few.refresh(weight)
@@ -138,16 +145,6 @@ class CpuMixedLinear(QuantizedLinear):
 
     def at(self, few_rows: bool) -> QuantizedLinear:
         return self._few if few_rows else self._many
-
-
-def _int4(weight: torch.Tensor) -> CpuInt4Linear:
-    rows, columns = weight.shape
-    if columns % INT4_GROUP or rows % 16:
-        raise ConfigError(
-            f"drafter precision int4 needs weights whose inputs are a multiple of {INT4_GROUP} and outputs of 16, "
-            f"but one is {rows} x {columns}: use int8."
-        )
-    return CpuInt4Linear(weight)
 
 
 def default_precision(device_type: str) -> Precision:
@@ -199,6 +196,9 @@ def quantize(weight: torch.Tensor, precision: Precision) -> QuantizedLinear:
         from vllm_selfspec.drafter.quantize_cuda import CudaLinear
 
         return CudaLinear(weight, precision)
-    if precision == "int8":
-        return CpuInt8Linear(weight)
-    return _int4(weight) if precision == "int4" else CpuMixedLinear(weight)
+    kinds: dict[str, Callable[[torch.Tensor], QuantizedLinear]] = {
+        "int8": CpuInt8Linear,
+        "int4": CpuInt4Linear,
+        "int4+int8": CpuMixedLinear,
+    }
+    return kinds[precision](weight)
