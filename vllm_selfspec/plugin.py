@@ -196,6 +196,13 @@ IN_CPU_WORKERS = (
         "vllm_selfspec.compat.cpu_aot_cache:try_load",
     ),
     Seam(
+        "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+        "bfloat16 and float16 layers run at the memory's speed on CPUs without AVX-512",
+        ("layer", "remove_weight"),
+        "vllm_selfspec.compat.cpu_half_linear:dispatch",
+        needed="vllm_selfspec.drafter.cpu_kernels:rows_kernels",
+    ),
+    Seam(
         "vllm.v1.sample.rejection_sampler:rejection_sample",
         "recovered tokens are drawn only where a draft was rejected",
         ("draft_token_ids", "num_draft_tokens", "max_spec_len", "draft_probs", "target_logits", "synthetic_mode"),

@@ -16,6 +16,7 @@ from vllm.config.utils import config
 from vllm.platforms import current_platform
 
 from vllm_selfspec.config import ConfigError, SelfSpecConfig
+from vllm_selfspec.drafter.cpu_kernels import library_path, rows_kernels
 from vllm_selfspec.drafter.runner import choose_runner, every_draft_length
 from vllm_selfspec.plugin import register
 
@@ -54,9 +55,10 @@ class SelfSpecSpeculativeConfig(SpeculativeConfig):
         return f"SpeculativeConfig({self.selfspec!r})"
 
     def compute_hash(self) -> str:
-        """vLLM's hash plus the drafter: its compiled graph is cached under this key."""
+        """vLLM's hash plus the drafter and the kernels: compiled graphs are cached under this key."""
         drafter = self.selfspec.drafter.model_dump_json()
-        return hashlib.sha256(f"{super().compute_hash()}{drafter}".encode()).hexdigest()
+        kernels = library_path().name if current_platform.is_cpu() and rows_kernels() else ""
+        return hashlib.sha256(f"{super().compute_hash()}{drafter}{kernels}".encode()).hexdigest()
 
     def uses_dynamic_speculative_decoding(self) -> bool:
         """True when the draft length may change from step to step."""

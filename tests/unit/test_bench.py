@@ -72,11 +72,12 @@ def test_pairs_alternate_and_everything_is_written(behave, tmp_path: Path):
     assert all((item.spec is None) == (item.side == "plain") for item in batches + rollouts)
 
     # vLLM's own methods are mended, selfspec mends its own workers.
-    mends = {path.name: "selfspec_mend" in path.read_text() for path in out.glob("engine-*-peer.log")}
+    mends = {path.name: "selfspec_mend" in path.read_text() for path in out.glob("engine-*.log")}
     assert mends == {
-        "engine-ngram-peer.log": True,
-        "engine-draft_model-peer.log": True,
-        "engine-int8-3-peer.log": False,
+        "engine-plain.log": False,
+        "engine-ngram.log": True,
+        "engine-draft_model.log": True,
+        "engine-int8-3.log": False,
     }
     assert [pair.mended for pair in run.pairs] == [True, True, False]
 

@@ -6,6 +6,7 @@
     mixed                         the same at int4 where few rows draft, at int8 where more do
     exit                          selfspec, the first --exit-layer layers drafting at the model's own precision
     drafter                       selfspec with any --drafter
+    off                           selfspec that never drafts: what the package's mends and kernels do by themselves
 
 `NAME@γ` asks for γ draft tokens in every step. Without it selfspec adapts, and vLLM's methods take their default.
 """
@@ -25,6 +26,7 @@ SELFSPEC_DRAFTERS = {
     "mixed": {"weights": "int4+int8", "lm_head": "int4+int8"},
     "exit": {"weights": "native", "lm_head": "native"},
     "drafter": {},
+    "off": {"weights": "native", "lm_head": "native"},
 }
 VLLM_METHODS = ("ngram", "suffix", "draft_model", "draft_model_table")
 _DEFAULT_DRAFT_TOKENS = 3
@@ -123,6 +125,8 @@ def _selfspec(text: str, name: str, fixed: int | None, choices: Choices) -> Peer
     config: dict[str, Any] = {"method": "selfspec", "drafter": drafter}
     if fixed is not None:
         config |= {"num_speculative_tokens": fixed, "control": {"mode": "fixed"}}
+    if name == "off":
+        config["control"] = {"mode": "off"}
     try:
         SelfSpecConfig.parse(config)
     except ConfigError as error:

@@ -51,7 +51,7 @@ def bench(
         str,
         typer.Option(
             help="What is compared with plain decoding: ngram, suffix, draft_model, draft_model_table, int8, int4, "
-            "exit, drafter. NAME@γ drafts γ tokens in every step; without it selfspec adapts.",
+            "mixed, exit, drafter, off. NAME@γ drafts γ tokens in every step; without it selfspec adapts.",
             metavar="LIST",
         ),
     ] = DEFAULT_PEERS,
@@ -103,6 +103,7 @@ def bench(
     compile_: Annotated[
         bool, typer.Option("--compile/--enforce-eager", help="Use torch.compile in every engine, or in none.")
     ] = True,
+    dtype: Annotated[str, typer.Option(help="Of weights and activations, in every engine: as of vLLM.")] = "auto",
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Longest prompt plus sample in tokens; by default what fits in memory.")
     ] = None,
@@ -121,7 +122,7 @@ def bench(
 ) -> None:
     """Compare ways of speculating with plain decoding.
 
-    For every peer a plain engine and the peer's run side by side and take turns, so that each ratio is against plain
+    A plain engine and one peer's at a time run side by side and take turns, so that each ratio is against plain
     decoding of the same minute. Then plain and selfspec run once more with timers inside, each alone.
 
     A peer that cannot run here is in the result with the reason. Results are saved after every case: Ctrl-C keeps them.
@@ -168,6 +169,7 @@ def bench(
         "max_num_seqs": max(case.batch for case in cases),
         "max_model_len": -1 if max_model_len is None else max_model_len,
         "seed": seed,
+        "dtype": dtype,
         "enforce_eager": not compile_,
         "disable_log_stats": False,  # the acceptance counters come from these statistics
     }
@@ -194,6 +196,7 @@ def bench(
             "synthetic_acceptance": synthetic_acceptance,
             "stock_peers": stock_peers,
             "compile": compile_,
+            "dtype": dtype,
             "max_model_len": max_model_len,
             "seed": seed,
         },
@@ -245,37 +248,48 @@ class _Bench:
     synthetic_acceptance: float | None
 
     def measure(self, peers: list[Peer], cases: list[Case]) -> None:
-        """Run every peer beside a plain engine; peers that cannot run are noted with the reason."""
-        total = sum(2 * self.rounds[case.kind] for case in cases) * sum(peer.skip is None for peer in peers)
+        """Run every peer beside one plain engine; peers that cannot run are noted with the reason."""
+        runnable = [peer for peer in peers if peer.skip is None]
+        for peer in peers:
+            if peer.skip is not None:
+                self._skip(peer, peer.skip, failed=False)
+        if not runnable:
+            return
         with _progress(self.console) as progress:
-            task = progress.add_task("starting", total=total)
-            for peer in peers:
-                if peer.skip is not None:
-                    self._skip(peer, peer.skip, failed=False)
-                    continue
-                try:
-                    self._measure_pair(peer, cases, progress, task)
-                except _PeerError as error:
-                    self._skip(peer, str(error), failed=error.started)
-                self.run.save(self.folder / _RESULT)
+            total = sum(2 * self.rounds[case.kind] for case in cases) * len(runnable)
+            task = progress.add_task("starting the plain engine", total=total)
+            with self._start(None, shared=True) as plain:
+                plain_startup = plain.wait_ready()
+                for peer in runnable:
+                    try:
+                        self._measure_pair(peer, plain, plain_startup, cases, progress, task)
+                    except _PeerError as error:
+                        self._skip(peer, str(error), failed=error.started)
+                    self.run.save(self.folder / _RESULT)
 
-    def _measure_pair(self, peer: Peer, cases: list[Case], progress: Progress, task: Any) -> None:
+    def _measure_pair(
+        self,
+        peer: Peer,
+        plain: EngineProcess,
+        plain_startup: float,
+        cases: list[Case],
+        progress: Progress,
+        task: Any,
+    ) -> None:
         from vllm_selfspec.bench.results import Pair
 
         mended = self.mend_peers and not peer.is_selfspec
-        pair = Pair(peer=peer.name, speculative_config=peer.speculative_config, mended=mended, startup_seconds={})
+        startup = {"plain": plain_startup}
+        pair = Pair(peer=peer.name, speculative_config=peer.speculative_config, mended=mended, startup_seconds=startup)
+        progress.update(task, description=f"{peer.name}: starting its engine")
         with contextlib.ExitStack() as stack:
-            engines: dict[Side, EngineProcess] = {}
-            progress.update(task, description=f"{peer.name}: starting the plain engine")
-            engines["plain"] = stack.enter_context(self._start(peer.name, None, shared=True))
-            pair.startup_seconds["plain"] = engines["plain"].wait_ready()
-            progress.update(task, description=f"{peer.name}: starting its engine")
             with _errors_of_peer(started=False):
-                engines["peer"] = stack.enter_context(self._start(peer.name, peer, shared=True))
-                pair.startup_seconds["peer"] = engines["peer"].wait_ready()
+                engine = stack.enter_context(self._start(peer, shared=True))
+                startup["peer"] = engine.wait_ready()
             if mended:
                 with _errors_of_peer(started=True):
-                    engines["peer"].call("vllm_selfspec.bench.engine_side:mend")
+                    engine.call("vllm_selfspec.bench.engine_side:mend")
+            engines: dict[Side, EngineProcess] = {"plain": plain, "peer": engine}
             self.run.pairs.append(pair)
             for case in cases:
                 self._measure_case(pair, case, engines, progress, task)
@@ -344,7 +358,7 @@ class _Bench:
             name = "plain" if peer is None else peer.name
             with (
                 self.console.status(f"time split of {name}"),
-                self._start(name, peer, shared=False) as engine,
+                self._start(peer, shared=False) as engine,
             ):
                 engine.wait_ready()
                 bandwidth = engine.call("vllm_selfspec.bench.cycles:memory_bandwidth")
@@ -358,7 +372,7 @@ class _Bench:
                 f"time split of {name}: {len(cases)} cases, memory {bandwidth / 1e9:.1f} GB/s", highlight=False
             )
 
-    def _start(self, pair: str, peer: Peer | None, *, shared: bool) -> EngineProcess:
+    def _start(self, peer: Peer | None, *, shared: bool) -> EngineProcess:
         """Start an engine: beside another one and in vLLM's own processes (shared), or alone and in one process."""
         from vllm_selfspec.bench.engine_side import WORKER_EXTENSION
         from vllm_selfspec.engine_env import is_cpu_platform
@@ -377,9 +391,7 @@ class _Bench:
                 prepare = (function, {"rate": self.synthetic_acceptance})
         name = "plain" if peer is None else peer.name
         kind = "" if shared else "-profile"
-        log_path = (
-            self.folder / f"engine-{re.sub(r'[^a-z0-9_]+', '-', pair)}-{'plain' if peer is None else 'peer'}{kind}.log"
-        )
+        log_path = self.folder / f"engine-{re.sub(r'[^a-z0-9_]+', '-', name)}{kind}.log"
         return EngineProcess(name, arguments, log_path, prepare=prepare, one_process=not shared)
 
     def _skip(self, peer: Peer, reason: str, *, failed: bool) -> None:

@@ -1,7 +1,7 @@
 """Linear weights at the drafter's precision: quantized once, applied many times, refreshed in place.
 
 On CPU: int8 (W8A8, per output channel and per token, oneDNN), int4 (groups of the input dimension, ATen), and both,
-where the number of rows decides.
+where the number of rows decides. CPUs without AVX-512 have kernels of their own, see `quantize_rows.py`.
 On CUDA: vLLM's own kernel classes, see `quantize_cuda.py`.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from vllm_selfspec.config import ConfigError, Precision
+from vllm_selfspec.drafter.cpu_kernels import rows_kernels
 
 INT4_GROUP = 64
 
@@ -42,6 +43,25 @@ class QuantizedLinear(ABC):
     def at(self, few_rows: bool) -> QuantizedLinear:
         """The weight as it is best applied to few rows (up to `FEW_ROWS`), or to more."""
         return self
+
+
+def int4_groups(weight: torch.Tensor, dtype: torch.dtype, middle: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize groups of 64 inputs to four bits; a value is (q - middle) * scale + zero.
+
+    Args:
+        weight: [N, K], K a multiple of 64.
+        dtype: of scales and zeros; q is chosen for them as they are rounded.
+        middle: the q that stands for zero.
+
+    Returns:
+        q as uint8 [N, G, 64], 0 to 15; scales and zeros [N, G, 2].
+    """
+    groups = weight.float().unflatten(1, (-1, INT4_GROUP))
+    low, high = groups.aminmax(dim=-1)
+    scale = ((high - low) / 15).clamp_(min=1e-8).to(dtype)
+    zero = (low + middle * scale.float()).to(dtype)
+    quantized = ((groups - zero.float()[..., None]) / scale.float()[..., None] + middle).round_().clamp_(0, 15)
+    return quantized.to(torch.uint8), torch.stack((scale, zero), dim=-1)
 
 
 class CpuInt8Linear(QuantizedLinear):
@@ -99,15 +119,9 @@ class CpuInt4Linear(QuantizedLinear):
     @staticmethod
     def _pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed weight and [K / group, N, 2] scales and zeros; a value is (q - 8) * scale + zero."""
-        rows, columns = weight.shape
-        groups = weight.float().reshape(rows, columns // INT4_GROUP, INT4_GROUP)
-        low, high = groups.aminmax(dim=-1)
-        scale = ((high - low) / 15).clamp_(min=1e-8).to(weight.dtype).float()
-        zero = (low + 8 * scale).to(weight.dtype).float()
-        quantized = ((groups - zero[..., None]) / scale[..., None] + 8).round_().clamp_(0, 15).to(torch.int32)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(quantized.reshape(rows, columns), 1)
-        scale_and_zero = torch.stack((scale, zero), dim=-1).transpose(0, 1).contiguous().to(weight.dtype)
-        return packed, scale_and_zero
+        quantized, scale_and_zero = int4_groups(weight, weight.dtype, middle=8)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(quantized.reshape(weight.shape).int(), 1)
+        return packed, scale_and_zero.transpose(0, 1).contiguous()
 
     def refresh(self, weight: torch.Tensor) -> None:
         packed, scale_and_zero = self._pack(weight)
@@ -130,7 +144,7 @@ class CpuMixedLinear(QuantizedLinear):
     """int4 for few rows and int8 for more, both kept."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self._few, self._many = CpuInt4Linear(weight), CpuInt8Linear(weight)
+        self._few, self._many = quantize(weight, "int4"), quantize(weight, "int8")
 
     def refresh(self, weight: torch.Tensor) -> None:
         self._few.refresh(weight)
@@ -152,7 +166,7 @@ def default_precision(device_type: str) -> Precision:
     if device_type == "cpu":
         from vllm import _custom_ops as ops
 
-        return "int8" if ops._supports_onednn else "native"
+        return "int8" if ops._supports_onednn or rows_kernels() else "native"
     from vllm_selfspec.drafter.quantize_cuda import default_cuda_precision
 
     return default_cuda_precision()
@@ -171,7 +185,7 @@ def choose_precision(field: str, asked: Precision | None, device_type: str) -> P
     if device_type == "cpu":
         import vllm._custom_ops  # noqa: F401  # registers the kernels
 
-        int8 = hasattr(torch.ops._C, "create_onednn_scaled_mm_handler")
+        int8 = rows_kernels() or hasattr(torch.ops._C, "create_onednn_scaled_mm_handler")
         usable = ["native", "int4", *(["int8", "int4+int8"] if int8 else [])]
     else:
         from vllm_selfspec.drafter.quantize_cuda import usable_precisions
@@ -196,9 +210,10 @@ def quantize(weight: torch.Tensor, precision: Precision) -> QuantizedLinear:
         from vllm_selfspec.drafter.quantize_cuda import CudaLinear
 
         return CudaLinear(weight, precision)
-    kinds: dict[str, Callable[[torch.Tensor], QuantizedLinear]] = {
-        "int8": CpuInt8Linear,
-        "int4": CpuInt4Linear,
-        "int4+int8": CpuMixedLinear,
-    }
+    kinds: dict[str, Callable[[torch.Tensor], QuantizedLinear]]
+    kinds = {"int8": CpuInt8Linear, "int4": CpuInt4Linear, "int4+int8": CpuMixedLinear}
+    if rows_kernels():
+        from vllm_selfspec.drafter.quantize_rows import RowsInt4Linear, RowsInt8Linear
+
+        kinds |= {"int8": RowsInt8Linear, "int4": RowsInt4Linear}
     return kinds[precision](weight)

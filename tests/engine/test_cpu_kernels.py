@@ -1,0 +1,175 @@
+"""The kernels for CPUs without AVX-512. They run on every x86 CPU with AVX2, so they are tested on all of those."""
+
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_selfspec.compat import cpu_half_linear
+from vllm_selfspec.drafter import cpu_kernels
+from vllm_selfspec.drafter.quantize_rows import RowsInt4Linear, RowsInt8Linear
+
+pytestmark = pytest.mark.skipif(
+    not any(name in torch.backends.cpu.get_cpu_capability() for name in ("AVX2", "AVX512")), reason="needs AVX2"
+)
+
+SHAPES = [(64, 64), (35, 72), (100, 576), (97, 1000)]
+ROWS = [1, 2, 3, 4, 5, 7, 16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library() -> None:
+    cpu_kernels.load()
+
+
+def weight_of(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(shape[0])
+    return (torch.randn(shape, generator=generator) * torch.rand(shape[0], 1, generator=generator)).to(dtype)
+
+
+def rows_of(count: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(count, columns, generator=torch.Generator().manual_seed(count)).to(dtype)
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.double() - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_linear_is_the_product(shape: tuple[int, int], weight_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    weight = weight_of(shape, weight_dtype)
+    bias = rows_of(1, shape[0], dtype)[0]
+    for count in ROWS:
+        x = rows_of(count, shape[1], dtype)
+        expected = x.double() @ weight.double().t() + bias.double()
+        # float32 sums, then one rounding to x's type
+        assert error(torch.ops.selfspec_cpu.rows_linear(x, weight, bias), expected) < max(torch.finfo(dtype).eps, 1e-5)
+
+
+def int8_values(weight: torch.Tensor) -> torch.Tensor:
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    return (weight / scale).round() * scale
+
+
+def int4_values(weight: torch.Tensor) -> torch.Tensor:
+    """Nearest of 16 values between the least and the greatest of each group of 64, up to bfloat16 scales."""
+    columns = weight.shape[1]
+    groups = torch.nn.functional.pad(weight, (0, -columns % 64)).unflatten(1, (-1, 64))
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    scale, low = ((high - low) / 15).clamp(min=1e-8).bfloat16().float(), low.bfloat16().float()
+    return (((groups - low) / scale).round().clamp(0, 15) * scale + low).flatten(1)[:, :columns]
+
+
+KINDS = {RowsInt8Linear: int8_values, RowsInt4Linear: int4_values}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_quantized_products(shape: tuple[int, int], kind: type, dtype: torch.dtype) -> None:
+    weight = weight_of(shape)
+    linear = kind(weight)
+    values = KINDS[kind](weight).double()
+    for count in ROWS:
+        x = rows_of(count, shape[1], dtype)
+        bias = rows_of(1, shape[0], dtype)[0]
+        # eight bits of activations, whose rounding is 1/254 of the largest of a row
+        assert error(linear.apply(x, bias), x.double() @ values.t() + bias.double()) < 0.02
+
+
+def test_extreme_activations_do_not_saturate() -> None:
+    """16-bit sums of two products would overflow first where every weight and activation is the largest."""
+    ones = torch.ones(5, 256)
+    signs = torch.where(torch.arange(256) % 2 == 0, 1.0, -1.0)
+    for weight in (ones, -ones, ones * signs):
+        for kind in KINDS:
+            for x in (ones[:1], -ones[:1], ones[:1] * signs):
+                expected = x.double() @ KINDS[kind](weight).double().t()
+                got = kind(weight).apply(x, None)
+                assert (got.double() - expected).abs().max() < 0.5, (kind, expected[0, 0])
+
+
+def test_rows_do_not_depend_on_each_other() -> None:
+    """A row's result is the same in any batch: acceptance must not depend on who else is running."""
+    weight, x = weight_of((100, 576)), rows_of(7, 576, torch.bfloat16)
+    for apply in (
+        lambda rows: torch.ops.selfspec_cpu.rows_linear(rows, weight.bfloat16(), None),
+        lambda rows: RowsInt8Linear(weight).apply(rows, None),
+        lambda rows: RowsInt4Linear(weight).apply(rows, None),
+    ):
+        alone = torch.cat([apply(x[i : i + 1]) for i in range(7)])
+        assert torch.equal(apply(x), alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_refresh_keeps_the_buffers(kind: type) -> None:
+    linear, fresh = kind(weight_of((64, 128))), weight_of((64, 128)) * 3 + 0.1
+    places = [tensor.data_ptr() for tensor in linear._tensors]
+    linear.refresh(fresh)
+    x = rows_of(3, 128, torch.float32)
+    assert [tensor.data_ptr() for tensor in linear._tensors] == places
+    assert torch.equal(linear.apply(x, None), kind(fresh).apply(x, None))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles(kind: type) -> None:
+    linear = kind(weight_of((64, 128)))
+    compiled = torch.compile(lambda x: linear.apply(x, None) * 2, fullgraph=True, dynamic=True)
+    x = rows_of(3, 128, torch.bfloat16)
+    assert torch.equal(compiled(x), linear.apply(x, None) * 2)
+
+
+def test_the_mend_takes_only_what_fell_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_half_linear, "rows_kernels", lambda: True)
+
+    def dispatch(weight: torch.Tensor, packs: bool) -> object:
+        layer = SimpleNamespace(weight=weight, cpu_linear=None)
+
+        def original(layer: SimpleNamespace, remove_weight: bool) -> None:
+            layer.cpu_linear = "vLLM's"
+            if packs:
+                layer.weight = torch.empty(0, dtype=weight.dtype)
+
+        cpu_half_linear.dispatch(original, layer, True)
+        return layer.cpu_linear
+
+    half = weight_of((64, 128), torch.bfloat16)
+    assert dispatch(half, packs=False) is cpu_half_linear.linear
+    assert dispatch(half, packs=True) == "vLLM's"
+    assert dispatch(weight_of((64, 128)), packs=False) == "vLLM's"
+    x = rows_of(6, 128, torch.bfloat16).reshape(2, 3, 128)
+    assert error(cpu_half_linear.linear(x, half, None), x.double() @ half.double().t()) < 0.01
+
+
+def test_without_a_compiler_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu_kernels.logger, "propagate", True)
+    cpu_kernels.load.cache_clear()
+    for compiler, reason in (("/nowhere/g++", "/nowhere/g++"), ("false", "")):
+        monkeypatch.setenv("CXX", compiler)
+        caplog.clear()
+        assert cpu_kernels.rows_kernels.__wrapped__() is False
+        assert "install g++" in caplog.text and reason in caplog.text
+    assert not list((tmp_path / "vllm-selfspec" / "kernels").iterdir())
+
+
+def test_other_cpus_are_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(cpu_kernels, "load", lambda: pytest.fail("built"))
+    assert cpu_kernels.rows_kernels.__wrapped__() is False
+
+
+def test_no_openmp_runtime_is_linked() -> None:
+    """A second runtime beside torch's would start threads of its own on the same cores."""
+    needed = subprocess.run(
+        ["readelf", "-d", str(cpu_kernels.library_path())], capture_output=True, text=True, check=True
+    ).stdout
+    assert "libc10" in needed and "omp" not in needed
