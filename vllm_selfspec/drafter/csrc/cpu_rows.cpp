@@ -96,24 +96,31 @@ struct QuantizedRows {
   }
 };
 
+// Which of the passes over one tile's weights this is: one for each block of rows.
+struct Pass {
+  int64_t index, count;
+};
+
 // The outputs of a tile are read side by side, an order that hardware does not foresee: ask for the next tile's bytes in
-// the order in which they lie, `BYTES` of them per step.
-template <int64_t BYTES, typename W>
-inline void prefetch_next(const W* tile, int64_t size, int64_t done) {
-  const char* next = reinterpret_cast<const char*>(tile + size + done);
-  for (int64_t i = 0; i < BYTES; i += 64) _mm_prefetch(next + i, _MM_HINT_T0);
+// the order in which they lie, spread over all steps of all passes, so that memory works while rows are computed.
+// `done` of the tile's `size` weights have been used in this pass, and a step uses `STEP`.
+template <int64_t STEP, typename W>
+inline void prefetch_next(const W* tile, int64_t size, int64_t done, Pass pass) {
+  const char* next = reinterpret_cast<const char*>(tile + size);
+  const int64_t offset = (pass.index * size + done) * static_cast<int64_t>(sizeof(W)) / pass.count;
+  for (int64_t i = 0; i < STEP * static_cast<int64_t>(sizeof(W)); i += 64) _mm_prefetch(next + offset + i, _MM_HINT_T0);
 }
 
 // --- the three products, for a tile of `OUT` outputs and `ROWS` rows -------------------------------------------------
 
 template <int OUT, int ROWS, typename W>
-inline void rows_tile(const W* w, const float* x, int64_t k, float sums[OUT][ROWS]) {
+inline void rows_tile(const W* w, const float* x, int64_t k, Pass pass, float sums[OUT][ROWS]) {
   __m256 acc[OUT][ROWS];
   for (int n = 0; n < OUT; ++n)
     for (int m = 0; m < ROWS; ++m) acc[n][m] = _mm256_setzero_ps();
   int64_t i = 0;
   for (; i + 8 <= k; i += 8) {
-    prefetch_next<OUT * 8 * sizeof(W)>(w, OUT * k, OUT * i);
+    prefetch_next<OUT * 8>(w, OUT * k, OUT * i, pass);
     __m256 weight[OUT];
     for (int n = 0; n < OUT; ++n) weight[n] = load8(w + n * k + i);
     for (int m = 0; m < ROWS; ++m) {
@@ -130,12 +137,12 @@ inline void rows_tile(const W* w, const float* x, int64_t k, float sums[OUT][ROW
 }
 
 template <int OUT, int ROWS>
-inline void int8_tile(const int8_t* w, const int8_t* x, int64_t k, float sums[OUT][ROWS]) {
+inline void int8_tile(const int8_t* w, const int8_t* x, int64_t k, Pass pass, float sums[OUT][ROWS]) {
   __m256i acc[OUT][ROWS];
   for (int n = 0; n < OUT; ++n)
     for (int m = 0; m < ROWS; ++m) acc[n][m] = _mm256_setzero_si256();
   for (int64_t i = 0; i < k; i += 32) {
-    prefetch_next<OUT * 32>(w, OUT * k, OUT * i);
+    prefetch_next<OUT * 32>(w, OUT * k, OUT * i, pass);
     for (int n = 0; n < OUT; ++n) {
       const __m256i weight = load32(w + n * k + i);
       const __m256i size = _mm256_abs_epi8(weight);
@@ -155,7 +162,7 @@ inline void int4_tile(const uint8_t* w, const at::BFloat16* scale_and_min, const
   for (int m = 0; m < ROWS; ++m) acc[m] = _mm256_setzero_ps(), low[m] = 0.0f;
   const __m256i mask = _mm256_set1_epi8(15);
   for (int64_t g = 0; g < groups; ++g) {
-    prefetch_next<kGroup / 2>(w, 1024, g * kGroup / 2);
+    _mm_prefetch(reinterpret_cast<const char*>(w + g * kGroup / 2) + 1024, _MM_HINT_T0);  // read one after the other
     const __m256i packed = load32(w + g * kGroup / 2);
     const __m256i first = _mm256_and_si256(packed, mask);
     const __m256i second = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
@@ -175,8 +182,8 @@ inline void int4_tile(const uint8_t* w, const at::BFloat16* scale_and_min, const
 
 // --- tiling ----------------------------------------------------------------------------------------------------------
 
-// Calls tile(n, m, OUT, ROWS) so that every output of every row is computed once. Outputs are split among threads, and
-// within a block of them all rows are run before the next weights are read.
+// Calls tile(n, m, wide, ROWS, pass) so that every output of every row is computed once, three outputs at a time where
+// `wide`. Outputs are split among threads; all rows are run over a tile's weights before the next tile's.
 template <typename Tile>
 void tiles(int64_t outputs, int64_t rows, Tile tile) {
   constexpr int64_t kBlock = 32;
@@ -184,15 +191,16 @@ void tiles(int64_t outputs, int64_t rows, Tile tile) {
 #pragma omp parallel for schedule(static)
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t end = std::min(outputs, (block + 1) * kBlock);
-    for (int64_t m = 0; m < rows;) {
-      const int64_t left = rows - m;
-      const int64_t step = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-      for (int64_t n = block * kBlock; n < end;) {
-        const bool wide = n + 3 <= end;
-        tile(n, m, wide, step);
-        n += wide ? 3 : 1;
+    for (int64_t n = block * kBlock; n < end;) {
+      const bool wide = n + 3 <= end;
+      Pass pass{0, rows / 4 + (rows % 4 + 1) / 2};
+      for (int64_t m = 0; m < rows; ++pass.index) {
+        const int64_t left = rows - m;
+        const int64_t step = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        tile(n, m, wide, step, pass);
+        m += step;
       }
-      m += step;
+      n += wide ? 3 : 1;
     }
   }
 }
@@ -251,10 +259,10 @@ at::Tensor rows_linear_of(const at::Tensor& x, const at::Tensor& weight, const s
   return with_output(x, bias, outputs, [&](const auto* in, auto* out, const auto* b, int64_t rows, int64_t k) {
     std::vector<float> wide(rows * k);
     widen(in, wide.data(), rows * k);
-    tiles(outputs, rows, [&](int64_t n, int64_t m, bool three, int64_t step) {
-      dispatch_tile(three, step, [&]<int OUT, int ROWS>() {
+    tiles(outputs, rows, [&](int64_t n, int64_t m, bool wide_tile, int64_t step, Pass pass) {
+      dispatch_tile(wide_tile, step, [&]<int OUT, int ROWS>() {
         float sums[OUT][ROWS];
-        rows_tile<OUT, ROWS>(w + n * k, wide.data() + m * k, k, sums);
+        rows_tile<OUT, ROWS>(w + n * k, wide.data() + m * k, k, pass, sums);
         store<OUT, ROWS>(sums, out, b, n, m, outputs, nullptr, nullptr);
       });
     });
@@ -278,10 +286,10 @@ at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& weight, const at::
   const float* w_scale = scale.const_data_ptr<float>();
   return with_output(x, bias, outputs, [&](const auto* in, auto* out, const auto* b, int64_t rows, int64_t k) {
     const QuantizedRows quantized(in, rows, k, padded, padded);
-    tiles(outputs, rows, [&](int64_t n, int64_t m, bool three, int64_t step) {
-      dispatch_tile(three, step, [&]<int OUT, int ROWS>() {
+    tiles(outputs, rows, [&](int64_t n, int64_t m, bool wide_tile, int64_t step, Pass pass) {
+      dispatch_tile(wide_tile, step, [&]<int OUT, int ROWS>() {
         float sums[OUT][ROWS];
-        int8_tile<OUT, ROWS>(w + n * padded, quantized.values.data() + m * padded, padded, sums);
+        int8_tile<OUT, ROWS>(w + n * padded, quantized.values.data() + m * padded, padded, pass, sums);
         store<OUT, ROWS>(sums, out, b, n, m, outputs, w_scale, quantized.scales.data());
       });
     });
@@ -299,8 +307,8 @@ at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& weight, const at::
   const at::BFloat16* pairs = scale_and_min.const_data_ptr<at::BFloat16>();
   return with_output(x, bias, outputs, [&](const auto* in, auto* out, const auto* b, int64_t rows, int64_t k) {
     const QuantizedRows quantized(in, rows, k, groups * kGroup, kGroup);
-    tiles(outputs, rows, [&](int64_t n, int64_t m, bool three, int64_t step) {
-      dispatch_tile(three, step, [&]<int OUT, int ROWS>() {
+    tiles(outputs, rows, [&](int64_t n, int64_t m, bool wide_tile, int64_t step, Pass) {
+      dispatch_tile(wide_tile, step, [&]<int OUT, int ROWS>() {
         for (int i = 0; i < OUT; ++i) {
           float sums[1][ROWS];
           int4_tile<ROWS>(w + (n + i) * groups * kGroup / 2, pairs + (n + i) * groups * 2,
