@@ -3,8 +3,8 @@
     eval "$(python -m vllm_selfspec.engine_env)"
     OMP_NUM_THREADS=2 python benchmarks/cpu_kernels.py --out kernels.json
 
-Random weights of a model's shapes (default: Qwen2.5-0.5B in bfloat16); times do not depend on their values. Kernels take
-turns round by round; the figure is the least of the rounds, since other users of a shared machine only ever add time.
+Random weights of the shapes of Qwen2.5-0.5B in bfloat16; times do not depend on their values. Kernels take turns round
+by round; the figure is the least of the rounds, since other users of a shared machine only ever add time.
 `limit` is the time to read the weights at the bandwidth of summing 512 MiB. The last line is JSON.
 """
 
@@ -18,11 +18,14 @@ import torch
 from vllm import _custom_ops as ops
 
 from vllm_selfspec.drafter import cpu_kernels
-from vllm_selfspec.drafter.quantize import CpuInt4Linear, CpuInt8Linear
+from vllm_selfspec.drafter.quantize import CpuInt4Linear, CpuInt8Linear, QuantizedLinear
 from vllm_selfspec.drafter.quantize_rows import RowsInt4Linear, RowsInt8Linear
 from vllm_selfspec.provenance import provenance
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
+REPEATS = 4
+"""Times that a step runs over the same layers; what lies between is more than a cache holds."""
+
 SHAPES, LAYERS, HEAD = ((1152, 896), (896, 896), (9728, 896), (896, 4864)), 24, (151936, 896)
 
 
@@ -32,14 +35,24 @@ def onednn(weight: torch.Tensor) -> Linear:
     return lambda x: ops.onednn_mm(handler, x, None)
 
 
+def quantized(kind: type[QuantizedLinear]) -> Callable[[torch.Tensor], Linear]:
+    """A precision of the drafter."""
+
+    def make(weight: torch.Tensor) -> Linear:
+        linear = kind(weight)
+        return lambda x: linear.apply(x, None)
+
+    return make
+
+
 KERNELS: dict[str, tuple[Callable[[torch.Tensor], Linear], float]] = {
     "bfloat16, torch": (lambda w: lambda x: torch.nn.functional.linear(x, w), 2.0),
     "bfloat16, oneDNN": (onednn, 2.0),
     "bfloat16, rows_linear": (lambda w: lambda x: torch.ops.selfspec_cpu.rows_linear(x, w, None), 2.0),
-    "int8, oneDNN": (lambda w: lambda x, q=CpuInt8Linear(w): q.apply(x, None), 1.0),
-    "int8, int8_linear": (lambda w: lambda x, q=RowsInt8Linear(w): q.apply(x, None), 1.0),
-    "int4, ATen": (lambda w: lambda x, q=CpuInt4Linear(w): q.apply(x, None), 0.5625),
-    "int4, int4_linear": (lambda w: lambda x, q=RowsInt4Linear(w): q.apply(x, None), 0.5625),
+    "int8, oneDNN": (quantized(CpuInt8Linear), 1.0),
+    "int8, int8_linear": (quantized(RowsInt8Linear), 1.0),
+    "int4, ATen": (quantized(CpuInt4Linear), 0.5625),
+    "int4, int4_linear": (quantized(RowsInt4Linear), 0.5625),
 }
 """How to apply a weight, and bytes read per weight."""
 
@@ -58,14 +71,13 @@ def main() -> None:
     args = parser.parse_args()
 
     cpu_kernels.load()
-    weights = [torch.randn(shape).bfloat16() for shape in SHAPES] * (LAYERS // 4)
+    weights = [torch.randn(shape).bfloat16() for _ in range(LAYERS // REPEATS) for shape in SHAPES]
     memory = torch.ones(2**27)
     bandwidth = memory.nbytes / min(seconds(memory.sum) for _ in range(7))
     values = LAYERS * sum(n * k for n, k in SHAPES) + HEAD[0] * HEAD[1]
     built: dict[str, tuple[list[Linear], Linear]] = {}
     for name, (make, _) in KERNELS.items():
         try:
-            # four sets of layers, each used several times: more than any cache holds
             layers, head = [make(weight) for weight in weights], make(torch.randn(HEAD).bfloat16())
             layers[0](torch.randn(1, SHAPES[0][1]).bfloat16())
         except RuntimeError as error:
@@ -79,7 +91,7 @@ def main() -> None:
             for name, (layers, head) in built.items():
 
                 def step(layers: list[Linear] = layers, head: Linear = head, inputs: list = inputs) -> None:
-                    for _ in range(4):
+                    for _ in range(REPEATS):
                         for index, layer in enumerate(layers):
                             layer(inputs[index % len(SHAPES)])
                     head(inputs[0])
