@@ -180,6 +180,7 @@ class SelfSpecScheduling(Scheduler):
                 num_verified=step.num_verified / state.num_decode,
                 num_drafted=decision.num_draft_tokens,
                 prefill_tokens=state.prefill_tokens,
+                probe=decision.reason is Reason.PROBE,
             )
         if self._observations is not None:
             if observation is not None:

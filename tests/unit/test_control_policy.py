@@ -293,6 +293,7 @@ class Machine:
         self.verified = 0
         self.seconds = 0.0
         self.tokens = 0
+        self.hidden = 0.0  # seconds that every step takes in addition in which drafting begins
 
     def run(self, controller: Controller, steps: int) -> list[Decision]:
         decisions = []
@@ -303,6 +304,8 @@ class Machine:
             times = self.truth.step_times(self.batch, 512, 7)
             seconds = times.verify[self.verified] + drafted * times.draft
             seconds *= math.exp(self.rng.gauss(0.0, 0.03))
+            if drafted and not self.verified:
+                seconds += self.hidden
             for _ in range(self.batch):
                 accepted = 0
                 while accepted < self.verified and self.rng.random() < self.acceptance:
@@ -310,7 +313,8 @@ class Machine:
                 self.tokens += accepted + 1
                 if self.verified:
                     controller.observe_acceptance(self.verified, accepted)
-            controller.observe_step(StepObservation(seconds, self.batch, 512, self.verified, drafted))
+            probe = decision.reason is Reason.PROBE
+            controller.observe_step(StepObservation(seconds, self.batch, 512, self.verified, drafted, probe=probe))
             self.seconds += seconds
             self.verified = drafted
         return decisions
@@ -377,6 +381,17 @@ def test_probes_stay_within_their_budget() -> None:
     per_token = machine.seconds / machine.tokens
     assert controller.probes > 0
     assert per_token < 1.03 * plain / (5000 * 8)
+
+
+def test_probes_pay_for_what_nothing_predicts() -> None:
+    """Beginning to draft takes twenty steps' time, as where a drafter follows new weights; drafting gains little."""
+    truth = _model(0.010, 9e-4, 0.0065)
+    controller = Controller(ControlSettings(probe_budget=0.01, probe_interval=64), truth)
+    machine = Machine(truth, 0.9, 8)
+    machine.hidden = 20 * truth.target_time(8, 512)
+    machine.run(controller, 5000)
+    assert controller.probes > 0
+    assert machine.seconds / machine.tokens < 1.03 * truth.target_time(8, 512) / 8
 
 
 def test_batch_changes_turn_drafting_off_and_on_again() -> None:

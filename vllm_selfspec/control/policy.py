@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -147,8 +147,8 @@ class StepObservation:
     """A finished step, as the scheduler saw it.
 
     `seconds` from the end of the previous step to the end of this one. `num_verified` and `num_drafted` are draft
-    tokens per decoding request (means where requests differ). Leave steps out whose duration means nothing (the engine
-    was idle).
+    tokens per decoding request (means where requests differ). `probe` says that the step's draft length was an
+    experiment. Leave steps out whose duration means nothing (the engine was idle).
     """
 
     seconds: float
@@ -157,6 +157,7 @@ class StepObservation:
     num_verified: float
     num_drafted: int
     prefill_tokens: int = 0
+    probe: bool = False
 
 
 class Times(Protocol):
@@ -353,6 +354,8 @@ class Controller:
         self.steps += 1
         if not self.settings.learn or observation.num_decode <= 0:
             return
+        if observation.probe:
+            self._charge_probe(observation)
         self.times.observe(
             observation.seconds,
             observation.num_decode,
@@ -361,6 +364,19 @@ class Controller:
             observation.num_drafted,
             observation.prefill_tokens,
         )
+
+    def _charge_probe(self, observation: StepObservation) -> None:
+        """Pay for what a probe's step took beyond its prediction, such as a drafter that had to follow new weights."""
+        predicted = self.times.predict(
+            observation.num_decode,
+            observation.mean_context,
+            observation.num_verified,
+            observation.num_drafted,
+            observation.prefill_tokens,
+        )
+        excess = max(0.0, observation.seconds - predicted)
+        self.probe_seconds += excess
+        self.memory = replace(self.memory, probe_credit=self.memory.probe_credit - excess)
 
     def observe_acceptance(self, num_drafted: int, num_accepted: int, request_id: str | None = None) -> None:
         """Count one request's verified drafts."""
