@@ -3,9 +3,13 @@
     eval "$(python -m vllm_selfspec.engine_env)"           # else the bare engine lacks what the pool gives its workers
     python benchmarks/pool_overhead.py --compare bare      # pool of one worker against LLM.generate
     python benchmarks/pool_overhead.py --compare workers   # pool of two workers (half of the cores each) against one
+    python benchmarks/pool_overhead.py --compare control   # LLM.generate against LLM.generate: what chance does
 
 Both sides are alive all the time and take turns, in changing order; the figure is the median of the ratios of the
-rounds. Same prompts, seeds and sampling parameters on both sides. The last line is JSON.
+rounds. Same prompts, seeds and sampling parameters on both sides. Two engines that are alike need not be equally fast
+(where their weights lie in memory, which core the engine's scheduler spins on): `--compare control` says how much of a
+difference that makes on the machine, and `--swap` starts the sides in the other order. Without AVX-512 use
+`--dtype float32`. The last line is JSON.
 """
 
 import argparse
@@ -38,7 +42,9 @@ QUESTIONS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="checkpoint folder")
-    parser.add_argument("--compare", choices=("bare", "workers"), default="bare")
+    parser.add_argument("--compare", choices=("bare", "workers", "control"), default="bare")
+    parser.add_argument("--swap", action="store_true", help="start the sides in the other order")
+    parser.add_argument("--pause", type=float, default=1.5, help="seconds between two turns, for idle engines to sleep")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--n", type=int, default=4, help="samples per prompt")
     parser.add_argument("--max-tokens", type=int, default=48)
@@ -64,33 +70,45 @@ def main() -> None:
     }
     prompts = list(QUESTIONS)
 
+    def bare(stack: contextlib.ExitStack) -> Callable[[], int]:
+        from vllm import LLM, SamplingParams
+
+        llm = LLM(model=args.model, **engine)
+        sampling = SamplingParams(n=args.n, **params)
+
+        def generate() -> int:
+            outputs = llm.generate(prompts, sampling, use_tqdm=False)
+            return sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+
+        return generate
+
+    def pool(stack: contextlib.ExitStack, num_workers: int = 1) -> Callable[[], int]:
+        share = {**engine, "max_num_seqs": max(1, args.batch // num_workers)}
+        workers = stack.enter_context(RolloutPool(args.model, num_workers, engine_args=share))
+        return lambda: sum(len(sample.token_ids) for sample in workers.generate(prompts, args.n, params))
+
+    # The measured side over the base.
+    other, base = {
+        "bare": ("one worker", "bare LLM.generate"),
+        "workers": ("two workers", "one worker"),
+        "control": ("another LLM.generate", "bare LLM.generate"),
+    }[args.compare]
+    makers = {
+        "one worker": pool,
+        "two workers": lambda stack: pool(stack, 2),
+        "bare LLM.generate": bare,
+        "another LLM.generate": bare,
+    }
     with contextlib.ExitStack() as stack:
-        sides: dict[str, Callable[[], int]] = {}
-        one = stack.enter_context(RolloutPool(args.model, 1, engine_args=engine))
-        sides["one worker"] = lambda: sum(len(sample.token_ids) for sample in one.generate(prompts, args.n, params))
-        if args.compare == "workers":
-            half = {**engine, "max_num_seqs": max(1, args.batch // 2)}
-            two = stack.enter_context(RolloutPool(args.model, 2, engine_args=half))
-            sides["two workers"] = lambda: sum(
-                len(sample.token_ids) for sample in two.generate(prompts, args.n, params)
-            )
-        else:
-            from vllm import LLM, SamplingParams
-
-            llm = LLM(model=args.model, **engine)
-            sampling = SamplingParams(n=args.n, **params)
-
-            def bare() -> int:
-                outputs = llm.generate(prompts, sampling, use_tqdm=False)
-                return sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
-
-            sides["bare LLM.generate"] = bare
+        order = (base, other) if args.swap else (other, base)
+        sides = {name: makers[name](stack) for name in order}
         first, second = sides
         for name in sides:
             sides[name]()  # warm up
         rates: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(args.rounds):
             for name in (first, second) if number % 2 == 0 else (second, first):
+                time.sleep(args.pause)  # vLLM's idle processes poll for a second
                 began = time.perf_counter()
                 tokens = sides[name]()
                 rates[name].append(tokens / (time.perf_counter() - began))
@@ -99,7 +117,6 @@ def main() -> None:
                 flush=True,
             )
 
-    base, other = ("bare LLM.generate", "one worker") if args.compare == "bare" else ("one worker", "two workers")
     ratios = [b / a for a, b in zip(rates[base], rates[other], strict=True)]
     result = {
         "compare": f"{other} / {base}",

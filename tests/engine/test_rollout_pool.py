@@ -27,10 +27,13 @@ from vllm import LLM, SamplingParams  # noqa: E402
 
 from vllm_selfspec.rollout import (  # noqa: E402
     DummyWorker,
+    GenerateRequest,
     InvalidRequestError,
     RolloutPool,
+    RolloutWorker,
     Sample,
     WeightUpdateError,
+    WorkerStats,
 )
 
 ENGINE = {
@@ -237,6 +240,38 @@ def test_a_thousand_samples_survive_three_real_kills(pool: RolloutPool, expected
     for pid in engines - alive:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_worker_gives_back_what_its_engine_has_not_begun(
+    checkpoints: tuple[str, str], expected: dict[str, Any]
+) -> None:
+    """The engine holds its successors itself, so that it can begin them in the step in which a place is freed."""
+    params = {**GREEDY, "max_tokens": 100}
+
+    async def run() -> tuple[list[tuple[int, int, int]], list[Sample], WorkerStats]:
+        worker = RolloutWorker(0, {"model": checkpoints[0], **ENGINE})
+        try:
+            await worker.start()
+            request = {"run": 0, "prompt_index": 0, "prompt_token_ids": PROMPTS[0], "sampling_params": params}
+            await worker.submit([GenerateRequest(samples=[(i, 1) for i in range(20)], **request)])
+            await asyncio.sleep(0.05)
+            stats = await worker.stats()
+            back = await worker.reclaim(10)
+            again = await worker.reclaim(10)
+            await worker.submit([GenerateRequest(samples=[(key[2], 1) for key in back], **request)])
+            samples: list[Sample] = []
+            while len(samples) < 20 - len(again):
+                samples += [finished.sample for finished in (await worker.collect(60.0)).finished]
+            return back + again, samples, stats
+        finally:
+            await worker.close()
+
+    reclaimed, samples, stats = asyncio.run(run())
+    assert (stats.running, stats.waiting) == (8, 12)
+    assert sorted(key[2] for key in reclaimed) == list(range(8, 20))  # the first eight are being made
+    assert [key[2] for key in reclaimed[:10]] == list(range(19, 9, -1))
+    assert sorted(sample.sample_index for sample in samples) == [*range(8), *range(10, 20)]
+    assert len({tuple(sample.token_ids) for sample in samples}) == 1
 
 
 def test_what_a_worker_started_ends_with_it() -> None:

@@ -9,19 +9,22 @@ import struct
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from vllm_selfspec.rollout import (
     DummyWorker,
+    GenerateRequest,
     InvalidRequestError,
     OutputFullError,
     PoolFailedError,
     RolloutError,
     RolloutPool,
+    RolloutWorker,
     Sample,
     SampleWriter,
     WeightUpdateError,
@@ -275,6 +278,21 @@ def test_an_update_in_the_middle_of_a_run(tmp_path: Path, running: str) -> None:
     assert (max(sample.attempt for sample in samples) == 2) == (running == "restart")
 
 
+@pytest.mark.parametrize("running", ["wait", "restart"])
+def test_an_update_waits_for_no_sample_that_has_not_begun(tmp_path: Path, running: str) -> None:
+    """What a worker holds in advance is made with the new weights, for the first time; an update once waited for it."""
+    with pool_of(1, Fleet(seconds_per_token=0.02, capacity=1), lookahead=3) as pool:
+        stream = pool.generate(["p"] * 6, 1, PARAMS)
+        first = next(stream)
+        pool.set_weights(weights(tmp_path, "one.safetensors"), 1, running)
+        rest = list(stream)
+    assert first.weight_version == 0
+    # One sample was being made when the update came.
+    assert Counter(sample.weight_version for sample in rest) == ({0: 1, 1: 4} if running == "wait" else {1: 5})
+    assert Counter(sample.attempt for sample in rest) == ({1: 5} if running == "wait" else {2: 1, 1: 4})
+    assert stream.report.moved_samples == 0
+
+
 def test_a_worker_that_fails_to_load_takes_the_whole_update_back(tmp_path: Path) -> None:
     made: list[DummyWorker] = []
 
@@ -427,8 +445,6 @@ def test_writing_appends_whole_lines(tmp_path: Path) -> None:
 
 
 def test_a_lone_worker_streams_a_group_and_refuses_after_its_death() -> None:
-    from vllm_selfspec.rollout import GenerateRequest
-
     async def run() -> None:
         worker = DummyWorker(0)
         request = GenerateRequest(
@@ -440,6 +456,60 @@ def test_a_lone_worker_streams_a_group_and_refuses_after_its_death() -> None:
             await worker.submit([request])
 
     asyncio.run(run())
+
+
+class FakeEngine:
+    """Decodes `places` requests at once and queues the others, as vLLM does; one that is cancelled is aborted."""
+
+    def __init__(self, places: int) -> None:
+        self.model_config = SimpleNamespace(skip_tokenizer_init=True)
+        self.errored = False
+        self.begun: list[str] = []
+        self.aborted: list[str] = []
+        self._places = asyncio.Semaphore(places)
+
+    async def generate(self, prompt: dict, params: object, request_id: str) -> AsyncIterator[object]:
+        try:
+            async with self._places:
+                self.begun.append(request_id)
+                await asyncio.sleep(0.05)
+        except asyncio.CancelledError:
+            self.aborted.append(request_id)
+            await asyncio.sleep(0.03)  # the abort travels to the engine
+            raise
+        completion = SimpleNamespace(token_ids=[1, 2], logprobs=None, text="", finish_reason="length")
+        yield SimpleNamespace(outputs=[completion])
+
+
+async def test_a_worker_gives_back_what_its_engine_has_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine holds as many samples as it decodes in its own queue; the last ones are given back first."""
+    monkeypatch.setattr("vllm_selfspec.rollout.worker._sampling_params", lambda task: None)
+    worker = RolloutWorker(0, {})
+    engine = worker._engine = FakeEngine(places=2)
+    worker._capacity, worker._handed_over, worker._logs_stats = 2, 4, False
+
+    def request(samples: list[int]) -> GenerateRequest:
+        return GenerateRequest(
+            run=0, prompt_index=0, prompt_token_ids=[5], samples=[(i, 1) for i in samples], sampling_params={}
+        )
+
+    await worker.submit([request([0, 1, 2, 3, 4])])
+    await asyncio.sleep(0.01)
+    stats = await worker.stats()
+    assert (stats.running, stats.waiting) == (2, 3)
+    assert [key[2] for key in await worker.reclaim(2)] == [4, 3]  # one of the worker's queue, one of the engine's
+    assert [key[2] for key in await worker.reclaim(9)] == [2]
+    assert await worker.reclaim(9) == []
+    await worker.submit([request([3])])  # back at once, while the engine is told to drop it
+    samples = []
+    while len(samples) < 3:
+        samples += [finished.sample for finished in (await worker.collect(5.0)).finished]
+    assert sorted(sample.sample_index for sample in samples) == [0, 1, 3]
+    assert engine.begun == ["0-0-0-1", "0-0-1-1", "0-0-3-1"]
+    assert sorted(engine.aborted) == ["0-0-2-1", "0-0-3-1"]
+    stats = await worker.stats()
+    assert (stats.generated_tokens, stats.prompt_tokens, stats.running, stats.waiting) == (6, 3, 0, 0)
+    assert not worker._tasks
 
 
 def test_the_driver_imports_neither_vllm_nor_torch_nor_ray() -> None:

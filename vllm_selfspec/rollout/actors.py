@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import os
-import sys
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from vllm_selfspec.engine_env import intel_openmp_library
 from vllm_selfspec.rollout.types import (
     CollectReply,
     GenerateRequest,
@@ -30,6 +31,21 @@ from vllm_selfspec.rollout.worker import RolloutWorker
 _ANSWER_S = 60.0  # a control call takes milliseconds; a worker that is silent for this long is as good as dead
 _PLACEMENT_S = 120.0
 _FORWARDED = ("VLLM_", "HF_", "PYTHONPATH")
+
+_OWN_RAY_SETTINGS: dict[str, Any] = {
+    # Ray would make its workers nicer than everything else on the machine, the driver included.
+    "worker_niceness": 0,
+    # An actor has a process of its own. A spare one for each core would wake up a hundred times per second.
+    "enable_worker_prestart": False,
+    "prestart_worker_first_driver": False,
+    # Nobody reads these: there is no dashboard.
+    "enable_metrics_collection": False,
+    "task_events_report_interval_ms": 0,
+    # A pool asks Ray for its places once, and keeps nothing in the object store.
+    "raylet_report_resources_period_milliseconds": 1000,
+    "raylet_check_gc_period_milliseconds": 1000,
+}
+"""Of a Ray that the pool starts itself. In an idle Ray of two cores they halve what its processes use."""
 
 
 class RayCluster:
@@ -61,9 +77,9 @@ class RayCluster:
         """Connect to Ray (a local one if there is none) and reserve what the workers need."""
         if not ray.is_initialized():
             # The dashboard and its agents would take cores from the engines.
-            # Ray would make its workers nicer than everything else on the machine, the driver included.
-            settings = {"worker_niceness": 0}
-            await asyncio.to_thread(ray.init, include_dashboard=False, log_to_driver=False, _system_config=settings)
+            await asyncio.to_thread(
+                ray.init, include_dashboard=False, log_to_driver=False, _system_config=_OWN_RAY_SETTINGS
+            )
             self._own_ray = True
         if self._gpus is None:
             self._gpus = 1 if ray.cluster_resources().get("GPU", 0) >= self._num_workers else 0
@@ -103,7 +119,7 @@ class RayCluster:
             cores = core_shares(sorted(os.sched_getaffinity(0)), self._num_workers)[worker_id]
             options["num_cpus"] = 0  # the pinning below is what counts; Ray's cores may be claimed by others already
             env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-            env["LD_PRELOAD"] = _preload()
+            env["LD_PRELOAD"] = preloads(os.environ.get("LD_PRELOAD", ""), intel_openmp_library())
             arguments.setdefault("distributed_executor_backend", "mp")  # vLLM's Ray executor refuses the CPU
         options["runtime_env"] = {"env_vars": {**env, **self._env}}
         actor = ray.remote(RolloutWorker).options(**options)
@@ -123,13 +139,18 @@ def core_shares(cores: list[int], num_workers: int) -> list[list[int]]:
     return [cores[i * each : (i + 1) * each] for i in range(num_workers)]
 
 
-def _preload() -> str:
-    """LD_PRELOAD with Intel's OpenMP runtime (it ships with vLLM's CPU build), which vLLM wants on x86."""
-    present = os.environ.get("LD_PRELOAD", "")
-    library = Path(sys.prefix) / "lib" / "libiomp5.so"
-    if "libiomp5" in present or not library.exists():
+def preloads(present: str, openmp: Path | None) -> str:
+    """LD_PRELOAD of a CPU worker: `present` with Intel's OpenMP runtime, which vLLM wants on x86 and installs.
+
+    A bare engine that ran in this process has left PyTorch's OpenMP in `present`; with both, vLLM refuses to start. An
+    OpenMP library that the user chose stays.
+    """
+    if openmp is None:
         return present
-    return ":".join(filter(None, [str(library), present]))
+    kept = [path for path in present.split(":") if path and not re.search(r"/torch(/lib|\.libs)/libgomp[^/]*$", path)]
+    if not any(name in path for path in kept for name in ("libiomp", "libomp", "libgomp")):
+        kept.insert(0, str(openmp))
+    return ":".join(kept)
 
 
 class RayHandle:

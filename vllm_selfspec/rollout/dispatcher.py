@@ -176,10 +176,11 @@ class Dispatcher:
             del self._unfinished[key[0]]
         return True
 
-    def give_back(self, worker_id: int, keys: Iterable[SampleKey], begun: bool) -> int:
+    def give_back(self, worker_id: int, keys: Iterable[SampleKey], begun: bool, moved: bool = True) -> int:
         """`worker_id` returns samples unfinished: they go to the head of the queue. Returns how many were its own.
 
-        `begun` says that the worker had begun them (they were aborted): the next attempt is another one.
+        `begun` says that the worker had begun them (they were aborted): the next attempt is another one. Else they
+        count as moved to another worker, unless `moved` says that this is not what they are taken for.
         """
         worker = self._workers.get(worker_id)
         if worker is None:
@@ -193,7 +194,7 @@ class Dispatcher:
             if begun:
                 item = item._replace(attempt=item.attempt + 1)
                 self.repeated[key[0]] = self.repeated.get(key[0], 0) + 1
-            else:
+            elif moved:
                 self.moved[key[0]] = self.moved.get(key[0], 0) + 1
             items.append(item)
         if items:  # else it had begun all of them: asking again makes no sense before it has finished one

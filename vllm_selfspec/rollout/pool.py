@@ -225,7 +225,7 @@ class RolloutPool:
         gpus_per_worker: GPUs of each worker (its tensor parallel size unless `engine_args` says otherwise); None is 1
             if the Ray cluster has GPUs, else 0: CPU engines, each pinned to its own share of the cores.
         env: further environment variables of the workers.
-        lookahead: samples that a worker holds beyond those it decodes; None is a quarter of these.
+        lookahead: samples that a worker holds beyond those it decodes; None is as many again.
         max_restarts: losses in a row, without a finished sample between them, after which a worker is given up.
         weight_folder: where state dicts given to `update_weights` are written; None is shared memory or a temporary
             folder. Workers on other hosts must see it too.
@@ -473,7 +473,7 @@ class RolloutPool:
     def _welcome(self, slot: _Slot, info: WorkerInfo) -> None:
         """A worker is ready and holds the present version."""
         slot.info, slot.alive, slot.version, slot.seen = info, True, self._version.version, self._loop.time()
-        lookahead = max(1, info.capacity // 4) if self._lookahead is None else self._lookahead
+        lookahead = info.capacity if self._lookahead is None else self._lookahead
         self._dispatcher.add_worker(slot.worker_id, info.capacity, lookahead)
 
     async def _serve(self, slot: _Slot) -> None:
@@ -558,15 +558,19 @@ class RolloutPool:
                 self._fail(run_id, error)
 
     async def _reclaim(self, slot: _Slot, reclaim: Reclaim) -> None:
+        await self._take_back(slot, reclaim.at_most)
+        self._flush()
+
+    async def _take_back(self, slot: _Slot, at_most: int) -> None:
+        """Put samples that a worker holds but has not begun back into the queue."""
         handle = slot.handle
         try:
-            keys = await handle.reclaim(reclaim.at_most)
+            keys = await handle.reclaim(at_most)
         except WorkerDeadError:
             return  # as in `_send`
         if slot.handle is handle and slot.alive:
             slot.account(self._loop.time(), self._dispatcher.sent(slot.worker_id))
-            self._dispatcher.give_back(slot.worker_id, keys, begun=False)
-            self._flush()
+            self._dispatcher.give_back(slot.worker_id, keys, begun=False, moved=not self._paused)
 
     async def _open(
         self, run_id: int, stream: SampleStream, prompts: list[Prompt], n: int, params: dict[str, Any]
@@ -748,8 +752,11 @@ class RolloutPool:
 
     async def _drain(self, running: str) -> None:
         """Until no sample is in flight; `_paused` keeps new ones from being sent."""
+        await asyncio.sleep(0)  # what was decided before goes out first
+        alive = [slot for slot in self._slots.values() if slot.alive]
+        await asyncio.gather(*(self._take_back(slot, self._dispatcher.sent(slot.worker_id)) for slot in alive))
         if running == "restart":
-            for slot in [slot for slot in self._slots.values() if slot.alive]:
+            for slot in [slot for slot in alive if slot.alive]:
                 keys = self._dispatcher.sent_keys(slot.worker_id)
                 await self._abort(slot, keys)
                 if slot.alive:

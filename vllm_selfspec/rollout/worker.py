@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -48,6 +49,7 @@ class Worker:
     def __init__(self, worker_id: int, capacity: int) -> None:
         self.worker_id = worker_id
         self._capacity = capacity
+        self._handed_over = capacity  # samples that are handed to the engine at once
         self._version: int | None = 0
         self._waiting: deque[_Task] = deque()
         self._running: dict[SampleKey, _Task] = {}
@@ -164,8 +166,8 @@ class Worker:
         return WorkerStats.model_construct(
             worker_id=self.worker_id,
             weight_version=-1 if self._version is None else self._version,
-            running=len(self._running),
-            waiting=len(self._waiting),
+            running=min(len(self._running), self._capacity),
+            waiting=len(self._waiting) + max(0, len(self._running) - self._capacity),
             running_tokens=sum(len(task.request.prompt_token_ids) for task in self._running.values()),
             accepted_per_position=list(self._accepted_per_position),
             drafted_per_position=list(self._drafted_per_position),
@@ -249,7 +251,7 @@ class Worker:
             self._counters["engine_seconds"] += time.monotonic() - self._busy_since
 
     def _pump(self) -> None:
-        while self._waiting and len(self._running) < self._capacity and self._fatal is None:
+        while self._waiting and len(self._running) < self._handed_over and self._fatal is None:
             task = self._waiting.popleft()
             if not self._running:
                 self._busy_since = time.monotonic()
@@ -274,6 +276,7 @@ class RolloutWorker(Worker):
         self._engine: Any = None
         self._tasks: dict[SampleKey, asyncio.Task[None]] = {}
         self._watch: asyncio.Task[None] | None = None
+        self._logs_stats = True
         self._dead = asyncio.Event()
         if own_processes:
             self._guard = _kill_group_with_parent()
@@ -286,18 +289,28 @@ class RolloutWorker(Worker):
         """
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         arguments = {"disable_log_stats": True, **self._engine_args}
         arguments.setdefault("weight_transfer_config", WeightTransferConfig(backend=BACKEND))
         try:
-            engine_args = AsyncEngineArgs(**arguments)
-            self._engine = AsyncLLM.from_engine_args(engine_args, stat_loggers=[self._stat_logger_factory()])
+            config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
+            # Statistics cost time in every step, and a plain engine has none that its samples do not tell.
+            self._logs_stats = config.speculative_config is not None or not arguments["disable_log_stats"]
+            self._engine = AsyncLLM.from_vllm_config(
+                config,
+                stat_loggers=[self._stat_logger_factory()] if self._logs_stats else None,
+                enable_log_requests=arguments.get("enable_log_requests", False),
+                disable_log_stats=arguments["disable_log_stats"],
+            )
         except Exception as error:
             raise InvalidRequestError(f"worker {self.worker_id}: the engine did not start: {error}") from error
         self._watch = asyncio.get_running_loop().create_task(self._watch_engine())
-        config = self._engine.vllm_config
         self._capacity = config.scheduler_config.max_num_seqs
+        # The engine fills a freed place in its next step only from its own queue: from here it takes a step more, and
+        # when many samples end at once, the first of their successors would be decoded without the others.
+        self._handed_over = 2 * self._capacity
         await self._or_death(self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}}))
         model = Path(config.model_config.model)
         return WorkerInfo(
@@ -326,6 +339,20 @@ class RolloutWorker(Worker):
         if self._engine is not None:
             self._engine.shutdown(timeout=5)
 
+    async def reclaim(self, count: int) -> list[SampleKey]:
+        """As `Worker.reclaim`; after what waits here also what waits in the engine.
+
+        The engine begins samples in the order in which it got them and decodes at most `capacity`, so the last ones
+        beyond these have not begun. One that begins in this very step loses that step.
+        """
+        keys = await super().reclaim(count)
+        queued = max(0, len(self._running) - self._capacity)
+        for key in list(islice(reversed(self._running), min(count - len(keys), queued))):
+            self._cancel(key)
+            self._leave(key)
+            keys.append(key)
+        return keys
+
     def _begin(self, task: _Task) -> None:
         self._tasks[task.key] = asyncio.get_running_loop().create_task(self._make(task))
 
@@ -347,6 +374,9 @@ class RolloutWorker(Worker):
                 logprobs = [entry[token].logprob for token, entry in pairs]
             text = None if self._engine.model_config.skip_tokenizer_init else completion.text
             reason = completion.finish_reason or "unknown"
+            if not self._logs_stats:
+                self._counters["prompt_tokens"] += len(task.request.prompt_token_ids)
+                self._counters["generated_tokens"] += len(completion.token_ids)
             self._end(task, list(completion.token_ids), text, logprobs, reason, began_with)
         except Exception as error:
             # vLLM wraps what it did not expect; the cause says what happened.
@@ -356,7 +386,9 @@ class RolloutWorker(Worker):
             else:
                 self._refuse(task, f"sampling_params or prompt {key[1]}: vLLM refuses the request: {reason}")
         finally:
-            self._tasks.pop(key, None)
+            # A cancelled sample may be back under the same key by now.
+            if self._tasks.get(key) is asyncio.current_task():
+                del self._tasks[key]
 
     async def _load(self, path: str, version: int) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
