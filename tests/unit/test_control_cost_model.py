@@ -1,6 +1,7 @@
 """The cost model: shape, extrapolation, few points, profiles, and cross-validation of the shipped sweep."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,18 +155,21 @@ def test_profiles_of_another_engine_are_refused() -> None:
             check_profile(meta, {name: "other"})
 
 
-def test_the_shipped_profile_cross_validates(a100: CostModel) -> None:
-    """Refitted from the points inside the profile. Sign accuracy is held at what is reached, not at its target of 98 %:
-    the sweep's own labels disagree with each other at 48 and 64 requests of 2-4k tokens (docs/control.md)."""
-    left_gamma = cross_validate(a100.points, a100.constants, leave_out="gamma")
-    assert left_gamma.num_points == 178
-    assert left_gamma.cycle_mape <= 0.04
-    assert left_gamma.regret <= 0.01
-    assert left_gamma.sign_accuracy >= 0.965
-    left_batch = cross_validate(a100.points, a100.constants, leave_out="batch")
-    assert left_batch.cycle_mape <= 0.04
-    assert left_batch.regret <= 0.01
-    assert left_batch.sign_accuracy >= 0.955
+def test_the_shipped_profile_predicts_a_draft_length_that_it_did_not_see(a100: CostModel) -> None:
+    """Refitted from the points inside the profile."""
+    left_out = cross_validate(a100.points, a100.constants, leave_out="gamma")
+    assert left_out.num_points == 178
+    assert left_out.cycle_mape <= 0.025
+    assert left_out.regret <= 0.004
+    assert left_out.sign_accuracy >= 0.98
+
+
+def test_the_shipped_profile_predicts_a_batch_size_that_it_did_not_see(a100: CostModel) -> None:
+    """Sign accuracy is held at what is reached, not at its target of 98 %: see docs/control.md."""
+    left_out = cross_validate(a100.points, a100.constants, leave_out="batch")
+    assert left_out.cycle_mape <= 0.035
+    assert left_out.regret <= 0.005
+    assert left_out.sign_accuracy >= 0.975
 
 
 def test_cross_validation_sees_a_broken_model(a100: CostModel) -> None:
@@ -178,6 +182,88 @@ def test_cross_validation_sees_a_broken_model(a100: CostModel) -> None:
     assert found.draft_mape > 0.8
     assert found.sign_accuracy < 0.9
     assert found.regret > 0.02
+
+
+def _gpu_seconds(component: str, batch: int, seq: int, gamma: int, tile: int, *, padded: bool) -> float:
+    """A GPU whose GEMMs compute whole tiles of rows, with attention after them."""
+    if component == "draft":
+        rows = math.ceil(batch / (gamma + 1)) * (gamma + 1) if padded else batch
+        return 4e-3 + 1.2e-4 * tile * math.ceil(rows / tile) + 2e-8 * batch * seq
+    rows = batch * (gamma + 1)
+    attention = max(1.2e-8 * batch, 6e-7 if gamma else 0.0) * seq
+    return max(9e-3, 6e-5 * tile * math.ceil(rows / tile)) + attention
+
+
+def _gpu_points(tile: int, *, padded: bool = True) -> list[Point]:
+    batches, seqs, gammas = (1, 2, 4, 8, 16, 24, 32, 48, 64), (256, 1024, 4096), (3, 5, 8)
+    where = [("target", b, s, 0) for b in batches for s in seqs]
+    where += [(kind, b, s, g) for b in batches for s in seqs for g in gammas for kind in ("verify", "draft")]
+    draft_tile = min(tile, 16)
+    return [
+        Point(kind, b, s, g, _gpu_seconds(kind, b, s, g, draft_tile if kind == "draft" else tile, padded=padded), 0.005)
+        for kind, b, s, g in where
+    ]
+
+
+@pytest.mark.parametrize("tile", [64, 128])
+def test_times_jump_where_another_tile_of_rows_begins(tile: int) -> None:
+    """At row counts that were not measured, right before and right after a boundary."""
+    model = CostModel.fit(_gpu_points(tile))
+    for batch, gamma in ((64, 3), (20, 15), (24, 15), (24, 12), (40, 11)):
+        expected = _gpu_seconds("verify", batch, 1024, gamma, tile, padded=True)
+        assert model.verify_time(batch, 1024, gamma) == pytest.approx(expected, rel=0.08)
+    # 32 rows more than 256 begin one more tile
+    within = model.verify_time(48, 1024, 5) / model.verify_time(64, 1024, 3)
+    assert within == pytest.approx(math.ceil(288 / tile) / math.ceil(256 / tile), rel=0.08)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_padded_drafts_are_recognised(padded: bool) -> None:
+    model = CostModel.fit(_gpu_points(64, padded=padded))
+    assert model.to_dict()["model"]["draft"]["padded_to_cycle"] == padded
+    # 16 requests fill 18 rows of a cycle of 9, another tile
+    ratio = model.draft_time(16, 256, 8) / model.draft_time(16, 256, 3)
+    assert ratio == pytest.approx(1.32 if padded else 1.0, abs=0.05)
+
+
+def test_points_that_contradict_all_others_are_not_followed() -> None:
+    """Sweeps hold medians of steps in which half of the requests had not arrived yet."""
+    true = _gpu_points(64)
+    late = [
+        replace(p, seconds=0.6 * p.seconds) if p.component == "draft" and p.batch * p.seq >= 196608 and n % 3 else p
+        for n, p in enumerate(true)
+    ]
+    wrong = [was for was, now in zip(true, late, strict=True) if was != now]
+    assert len(wrong) >= 4
+    model = CostModel.fit(late)
+    for point in wrong:
+        predicted = model.draft_time(point.batch, point.seq, point.num_draft_tokens)
+        assert predicted == pytest.approx(point.seconds, rel=0.12)
+        assert predicted > 1.3 * 0.6 * point.seconds
+
+
+def test_row_counts_that_say_nothing_of_tiles_assume_none() -> None:
+    """Batch sizes of powers of two fit any tile: three requests must not be taken for four."""
+    points = _cpu_points()
+    model = CostModel.fit(points)
+    for part in model.to_dict()["model"].values():
+        assert [one["tile"] for one in part["tiles"]] == [1]
+
+
+def test_longer_contexts_than_measured_cost_no_less(a100: CostModel) -> None:
+    for batch in (1, 16, 64, 256):
+        for time in (a100.target_time, a100.draft_time, lambda b, s: a100.verify_time(b, s, 7)):
+            assert time(batch, 4096) <= time(batch, 16384) <= time(batch, 65536)
+
+
+def test_a_profile_of_the_first_version_is_fitted_again() -> None:
+    model = CostModel.fit(_cpu_points(), meta={"model": "toy"})
+    profile = model.to_dict()
+    first = {**profile, "schema_version": 1, "model": {"forward": {}, "draft": {}}}
+    again = CostModel.from_dict(first)
+    assert again.meta == {"model": "toy"}
+    assert again.cycle_time(7, 300, 2) == pytest.approx(model.cycle_time(7, 300, 2), rel=1e-6)
+    assert again.to_dict()["schema_version"] != 1
 
 
 SWEEP = """model,batch,seq,gamma,mode,mean_ms,median_ms,std_ms

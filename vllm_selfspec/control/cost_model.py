@@ -1,17 +1,20 @@
 """How long a step takes: target, verify and draft forwards as functions of batch, context and draft length.
 
-Two layers, both fitted to measured points:
+Three layers, all fitted to measured points:
 
-1. A roofline (Williams et al. 2009; EfficientRollout, arXiv 2606.18967, section on the cost model). A forward of
-   ``rows`` query rows for ``batch`` requests of ``seq`` context tokens takes
-   ``max(weights + max(context·batch·seq, span·seq), row·rows + row_context·rows·seq) + request·batch`` seconds:
-   reading weights and KV cache against computing, plus per-request overhead. ``span`` is the critical path of one
-   sequence's attention, which no batching shortens.
-2. A Gaussian process over the logarithm of measured / roofline, in log2(rows), log2(batch), log2(seq). It carries what
-   no roofline knows (GEMM tiles, kernels that switch by row count, attention kernels for several query rows). Length
-   scales and variances are chosen by marginal likelihood, so ten live points give a nearly pure roofline and a sweep of
-   hundreds gives a surface. Outside the measured box the residual of the nearest edge is kept: the roofline's slope
-   extrapolates, the GP does not.
+1. A roofline (Williams et al. 2009), apart for linear layers and attention, because a forward runs one after the other
+   (EfficientRollout, arXiv 2606.18967, takes one maximum over both). ``rows`` query rows for ``batch`` requests of
+   ``seq`` context tokens take ``max(weights, row·rows) + unhidden·row·rows + request·batch`` plus
+   ``max(context·batch, span, row_context·rows)·seq`` seconds: reading weights against computing, the part of computing
+   that reading does not hide, overhead per request; reading the KV cache against one sequence's critical path, which
+   no batching shortens (``span_rows`` times as long with several query rows), against computing.
+2. Tiles. A GEMM takes as long as the next multiple of its tile's rows. Several sizes are averaged, weighted
+   by how well they interpolate the data.
+3. A Gaussian process over the logarithm of measured / roofline, in log2(rows), log2(batch), log2(seq). It carries what
+   no roofline knows (kernels that switch by row count, attention kernels for several query rows). Length scales and
+   variances are chosen by marginal likelihood, so ten live points give a nearly pure roofline and a sweep of hundreds
+   gives a surface. Its noise is Student-t: a point that contradicts all its neighbours is not followed. Outside the
+   measured box the residual of the nearest edge is kept: the roofline's slope extrapolates, the GP does not.
 
 Predictions are tabulated once, made non-decreasing in the batch size, and interpolated linearly.
 """
@@ -20,7 +23,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,13 +33,19 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import cho_solve
 from scipy.optimize import least_squares, minimize
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Component = Literal["target", "verify", "draft", "prefill"]
 Array = NDArray[np.float64]
 _DECODING = ("target", "verify")
 
-_BATCH_NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
+_BATCH_NODES = (
+    *(1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128),
+    *(160, 192, 256, 384, 512, 768, 1024, 2048, 4096),
+)
 _SEQ_NODES = (1, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
+# rows of a GEMM's output tile, and how fast a tile that interpolates worse loses its share
+_TILES = (16, 32, 64, 128, 256)
+_SHARPNESS = 8.0
 _DRAFT_NODES = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 19, 23, 31, 63)
 
 
@@ -85,24 +94,33 @@ class Point:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Parameters of one forward, all in seconds (see the module docstring)."""
+    """Parameters of one forward (see the module docstring); seconds, but for the ratios `span_rows` and `unhidden`."""
 
     weights: float
     context: float
     span: float
+    span_rows: float
     row: float
     row_context: float
     request: float
+    unhidden: float
+
+    def parts(self, batch: Array, seq: Array, rows: Array, several: NDArray[np.bool_]) -> tuple[Array, Array]:
+        """Seconds of linear layers and of attention; the arrays broadcast. `several`: more than one row a request."""
+        compute = self.row * rows
+        linear = np.maximum(self.weights, compute) + self.unhidden * compute + self.request * batch
+        span = self.span * np.where(several, self.span_rows, 1.0)
+        attention = np.maximum(np.maximum(self.context * batch, span), self.row_context * rows) * seq
+        return np.asarray(linear), np.asarray(attention)
 
     def time(self, batch: Array, seq: Array, rows: Array) -> Array:
         """Seconds; the three arrays broadcast."""
-        memory = self.weights + np.maximum(self.context * batch * seq, self.span * seq)
-        compute = self.row * rows + self.row_context * rows * seq
-        return np.asarray(np.maximum(memory, compute) + self.request * batch)
+        linear, attention = self.parts(batch, seq, rows, np.asarray(rows > batch))
+        return linear + attention
 
 
 def _roofline_guess(points: Sequence[Point], constants: ModelConstants, draft: bool) -> Array:
-    """Logarithms of the parameters to start from: physical where constants are known, else the data's scale."""
+    """Logarithms of the parameters to expect: physical where constants are known, else the data's scale."""
     seconds = np.array([p.seconds for p in points])
     rows = np.array([p.batch * (1 if draft else p.num_draft_tokens + 1) for p in points])
     least = float(seconds.min())
@@ -113,99 +131,224 @@ def _roofline_guess(points: Sequence[Point], constants: ModelConstants, draft: b
     context = constants.kv_bytes_per_token / known_bw if constants.kv_bytes_per_token and known_bw else 1e-6 * least
     if row is None:
         row = 0.8 * float(seconds.max()) / float(rows.max())
-    return np.log([weights, context, 1e-6 * least, row, 1e-7 * row, 1e-3 * least])
+    return np.log([weights, context, 1e-6 * least, 1.0, row, 1e-7 * row, 1e-3 * least, 0.1])
 
 
-def _fit_roofline(points: Sequence[Point], rows: Array, constants: ModelConstants, draft: bool) -> Roofline:
+def _fit_roofline(
+    points: Sequence[Point],
+    rows: Array,
+    several: NDArray[np.bool_],
+    constants: ModelConstants,
+    draft: bool,
+    near: Roofline | None,
+) -> Roofline:
     batch, seq, seconds = (np.array([getattr(p, name) for p in points], dtype=float) for name in _POINT_COLUMNS)
+
+    def misfit(theta: Array) -> Array:
+        linear, attention = Roofline(*np.exp(theta)).parts(batch, seq, rows, several)
+        return np.log((linear + attention) / seconds)
+
     fits = []
     # known constants can be far from what the machine reaches, so the scale of the data is a second start
     for known in {constants, ModelConstants()}:
-        start = _roofline_guess(points, known, draft)
+        expected = _roofline_guess(points, known, draft)
+        start = expected.copy()
+        if len(set(seq)) > 1:
+            # a side of a maximum that is far below the other has no gradient: start where each takes a tenth
+            start[[2, 5]] = np.log(0.1 * seconds.min() / seq.max() / np.array([1.0, rows.max()]))
 
-        def residuals(theta: Array, start: Array = start) -> Array:
-            misfit = np.log(Roofline(*np.exp(theta)).time(batch, seq, rows) / seconds) / 0.05
-            return np.concatenate([misfit, 0.1 * (theta - start)])
+        def residuals(theta: Array, scale: float, expected: Array = expected) -> Array:
+            return np.concatenate([misfit(theta) / scale, 0.1 * (theta - expected)])
 
-        fits.append(least_squares(residuals, start, loss="soft_l1"))
-    fitted = min(fits, key=lambda fit: float(fit.cost)).x
+        if near is None:
+            rough = least_squares(residuals, start, loss="soft_l1", args=(0.05,)).x
+        else:
+            rough = np.log(list(asdict(near).values()))
+        # then a loss that forgets outliers, at the scale of what is left
+        scale = float(np.clip(1.4826 * np.median(np.abs(misfit(rough))), 0.01, 0.05))
+        fits.append(least_squares(residuals, rough, loss="cauchy", args=(scale,)).x)
+        if near is not None:
+            break
+    fitted = min(fits, key=lambda theta: float(np.abs(misfit(theta)).mean()))
     return Roofline(*(float(value) for value in np.exp(fitted)))
 
 
 _POINT_COLUMNS = ("batch", "seq", "seconds")
-
-
-def _matern32(a: Array, b: Array, scale: float) -> Array:
-    distance = math.sqrt(3.0) * np.abs(a[:, None] - b[None, :]) / scale
-    return np.asarray((1.0 + distance) * np.exp(-distance))
+# columns of the Gaussian process' features: logarithms to base 2 but for the last two
+_TILED, _ROWS, _BATCH, _SEQ, _SEVERAL, _ATTENTION = range(6)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Covariance of the log residual. Scales in octaves, deviations in natural-log units.
+    """Covariance of log(measured / roofline). Scales in octaves, deviations in natural-log units.
 
-    Three effects: of the rows alone (GEMM tiles; shared by target and verify), of rows × batch × context, and of
-    batch × context (attention), plus a constant; the last three apart for one query row and for several.
+    Five effects: of the tiled rows and of the rows themselves on the linear layers (shared by target and verify), of
+    batch × context on attention, of rows × batch × context on everything, and a constant; the last three apart for one
+    query row and for several. The first two count by the linear layers' share of the roofline, the third by that of
+    attention:     they run one after the other, so what one deviates must not multiply the other.
     """
 
-    rows_sd: float = 0.20
+    rows_sd: float = 0.10
+    fine_sd: float = 0.03
     joint_sd: float = 0.02
-    context_sd: float = 0.02
+    context_sd: float = 0.10
     constant_sd: float = 0.10
     rows_scale: float = 1.0
     batch_scale: float = 3.0
     seq_scale: float = 3.0
-    noise_sd: float = 0.02
+    noise_sd: float = 0.01
 
     def covariance(self, left: Array, right: Array) -> Array:
-        """[n, m] from features [n, 4], [m, 4]: log2 rows, log2 batch, log2 seq, 1 for several query rows else 0."""
+        """[n, m] from features [n, 6], [m, 6]."""
+        return self._with_gradient(left, right)[0]
+
+    def covariance_and_gradient(self, features: Array) -> tuple[Array, list[Array]]:
+        """[n, n] among the features, and its derivatives by the logarithms of all fields but `noise_sd`, in order."""
+        covariance, gradient = self._with_gradient(features, features)
+        return covariance, gradient()
+
+    def _with_gradient(self, left: Array, right: Array) -> tuple[Array, Callable[[], list[Array]]]:
+        def factor(column: int, of: Callable[[Array], Array]) -> Array:
+            # [n, m] of the distances along one feature, which takes few values
+            values, where = np.unique(left[:, column], return_inverse=True)
+            return of(np.abs(values[:, None] - right[None, :, column]))[where]
+
+        def share(of_left: Array, of_right: Array) -> Array:
+            return np.asarray(of_left[:, None] * of_right[None, :])
+
+        def matern(distance: Array) -> Array:
+            scaled = math.sqrt(3.0) * distance / self.batch_scale
+            return np.asarray((1.0 + scaled) * np.exp(-scaled))
+
+        def matern_slope(distance: Array) -> Array:  # by the logarithm of the scale
+            scaled = math.sqrt(3.0) * distance / self.batch_scale
+            return np.asarray(scaled**2 * np.exp(-scaled))
+
+        of_linear = share(1.0 - left[:, _ATTENTION], 1.0 - right[:, _ATTENTION])
+        of_attention = share(left[:, _ATTENTION], right[:, _ATTENTION])
+        same_kind = factor(_SEVERAL, lambda distance: (distance == 0.0).astype(float))
         # exponential: step times jump where a GEMM starts another tile, and a smooth kernel would ring there
-        by_rows = np.exp(-np.abs(left[:, None, 0] - right[None, :, 0]) / self.rows_scale)
-        by_rows_wide = _matern32(left[:, 0], right[:, 0], self.batch_scale)
-        by_batch = _matern32(left[:, 1], right[:, 1], self.batch_scale)
-        by_seq = np.exp(-0.5 * ((left[:, None, 2] - right[None, :, 2]) / self.seq_scale) ** 2)
-        same_kind = left[:, None, 3] == right[None, :, 3]
-        joint = self.joint_sd**2 * by_rows_wide + self.context_sd**2
-        return np.asarray(self.rows_sd**2 * by_rows + same_kind * (joint * by_batch * by_seq + self.constant_sd**2))
+        by_tiles = of_linear * factor(_TILED, lambda distance: self.rows_sd**2 * np.exp(-distance / self.rows_scale))
+        by_rows = of_linear * factor(_ROWS, lambda distance: self.fine_sd**2 * np.exp(-distance))
+        wide, by_batch = factor(_ROWS, matern), factor(_BATCH, matern)
+        by_seq = same_kind * factor(_SEQ, lambda distance: np.exp(-0.5 * (distance / self.seq_scale) ** 2))
+        joint = self.joint_sd**2 * wide * by_batch * by_seq
+        context = self.context_sd**2 * of_attention * by_batch * by_seq
+        constant = self.constant_sd**2 * same_kind
+
+        def gradient() -> list[Array]:
+            batch_slope = factor(_BATCH, matern_slope)
+            by_scale = self.joint_sd**2 * (factor(_ROWS, matern_slope) * by_batch + wide * batch_slope)
+            by_scale = (by_scale + self.context_sd**2 * of_attention * batch_slope) * by_seq
+            tiles = factor(_TILED, lambda distance: distance / self.rows_scale)
+            contexts = factor(_SEQ, lambda distance: (distance / self.seq_scale) ** 2)
+            deviations = [2.0 * term for term in (by_tiles, by_rows, joint, context, constant)]
+            return [*deviations, by_tiles * tiles, by_scale, (joint + context) * contexts]
+
+        return np.asarray(by_tiles + by_rows + joint + context + constant), gradient
 
 
 class _Residual:
-    """Gaussian process over log(measured / roofline)."""
+    """Gaussian process over log(measured / roofline), with Student-t noise."""
+
+    _FREEDOM = 2.0
+    _FIRST_NOISE = 0.05
 
     def __init__(self, features: Array, targets: Array, variances: Array, kernel: Kernel | None) -> None:
         self.features, self.low, self.high = features, features.min(axis=0), features.max(axis=0)
         self.kernel = kernel if kernel is not None else self._choose_kernel(features, targets, variances)
-        self.weights = np.linalg.solve(self._matrix(self.kernel, features, variances), targets)
+        covariance = self.kernel.covariance(features, features)
+        base = self.kernel.noise_sd**2 + variances
+        noise = self._noise(covariance, targets, base)
+        self.trust = base / noise
+        self.precision = np.linalg.inv(covariance + np.diag(noise))
+        self.weights = self.precision @ targets
+        # outliers count little here, too
+        self.unexplained = float(np.log1p(((covariance @ self.weights - targets) / 0.03) ** 2).mean())
 
-    @staticmethod
-    def _matrix(kernel: Kernel, features: Array, variances: Array) -> Array:
-        return kernel.covariance(features, features) + np.diag(kernel.noise_sd**2 + variances)
+    @classmethod
+    def _noise(cls, covariance: Array, targets: Array, variances: Array) -> Array:
+        """Noise variances [n] under which points far from what all others say count little.
+
+        Student-t noise as a scale mixture (Geweke 1993), each point judged by its leave-one-out prediction: an
+        interpolating process agrees with every point that it has seen. The first round trusts nobody more than 5 %.
+        """
+        noise = variances + cls._FIRST_NOISE**2
+        for _ in range(10):
+            precision = np.linalg.inv(covariance + np.diag(noise))
+            spread = 1.0 / np.diag(precision)
+            error = (precision @ targets) * spread
+            expected = np.maximum(spread - noise, 0.0) + variances
+            trust = (cls._FREEDOM + 1.0) / (cls._FREEDOM + error**2 / expected)
+            noise = variances / np.minimum(trust, 1.0)
+        return noise
 
     @classmethod
     def _choose_kernel(cls, features: Array, targets: Array, variances: Array) -> Kernel:
+        """Most likely kernel, twice in turn with the noise of single points."""
         start = np.log(list(asdict(Kernel()).values()))
         # log-normal priors: deviations within a factor e, scales within a factor √e of the defaults
-        width = np.array([1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 1.0])
+        width = np.array([1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 1.0])
+        theta = start
+        for _ in range(2):
+            kernel = Kernel(*np.exp(theta))
+            base = kernel.noise_sd**2 + variances
+            distrust = cls._noise(kernel.covariance(features, features), targets, base) / base
 
-        def objective(theta: Array) -> float:
-            matrix = cls._matrix(Kernel(*np.exp(theta)), features, variances)
-            try:
-                factor = np.linalg.cholesky(matrix)
-            except np.linalg.LinAlgError:
-                return 1e9
-            fit = 0.5 * targets @ cho_solve((factor, True), targets) + np.log(np.diag(factor)).sum()
-            return float(fit + 0.5 * (((theta - start) / width) ** 2).sum())
+            def objective(theta: Array, distrust: Array = distrust) -> tuple[float, Array]:
+                kernel = Kernel(*np.exp(theta))
+                covariance, gradient = kernel.covariance_and_gradient(features)
+                covariance += np.diag((kernel.noise_sd**2 + variances) * distrust)
+                try:
+                    factor = np.linalg.cholesky(covariance)
+                except np.linalg.LinAlgError:
+                    return 1e9, np.zeros_like(theta)
+                precision = cho_solve((factor, True), np.eye(len(targets)))
+                weights = precision @ targets
+                slack = precision - np.outer(weights, weights)
+                slopes = [0.5 * float((slack * part).sum()) for part in gradient]
+                slopes.append(float((np.diag(slack) * kernel.noise_sd**2 * distrust).sum()))
+                fit = 0.5 * targets @ weights + np.log(np.diag(factor)).sum()
+                pull = (theta - start) / width
+                return float(fit + 0.5 * (pull**2).sum()), np.array(slopes) + pull / width
 
-        best = minimize(objective, start, method="L-BFGS-B", options={"maxiter": 40}).x
-        return Kernel(*(float(value) for value in np.exp(best)))
+            theta = minimize(objective, theta, jac=True, method="L-BFGS-B", options={"maxiter": 40}).x
+        return Kernel(*(float(value) for value in np.exp(theta)))
+
+    def interpolation_error(self, trust: Array) -> float:
+        """Mean |error| at row counts, and at batch sizes, that are left out, by `trust`: their geometric mean."""
+        means = []
+        for column in (_ROWS, _BATCH):
+            errors = np.empty(len(self.weights))
+            for value in np.unique(self.features[:, column]):
+                group = np.flatnonzero(self.features[:, column] == value)
+                errors[group] = np.linalg.solve(self.precision[np.ix_(group, group)], self.weights[group])
+            means.append(float(np.average(np.abs(errors), weights=trust)))
+        return math.sqrt(means[0] * means[1])
 
     def log_ratio(self, features: Array) -> Array:
         clamped = np.clip(features, self.low, self.high)
-        return np.asarray(self.kernel.covariance(clamped, self.features) @ self.weights)
+        clamped[:, _ATTENTION] = features[:, _ATTENTION]
+        # in blocks, for the covariances of a whole table would fill the memory
+        blocks = np.array_split(clamped, len(clamped) // 2048 + 1)
+        return np.concatenate([self.kernel.covariance(block, self.features) @ self.weights for block in blocks])
 
 
-class _Forward:
-    """One fitted forward: roofline times exp(residual)."""
+def _tiled(rows: Array, tile: int) -> Array:
+    """Rows rounded up to what a GEMM computes: whole tiles, below one tile a power of two."""
+    if tile == 1:
+        return rows
+    # the tolerance forgives rows that come from their logarithm
+    size = np.minimum(tile, 2.0 ** np.ceil(np.log2(rows) - 1e-9))
+    return np.asarray(np.ceil(rows / size - 1e-9) * size)
+
+
+class _Surface:
+    """Roofline times exp(residual), for one tile.
+
+    `padded`: drafts run over a multiple of γ + 1 rows. `tile`: linear layers take as long as the next multiple of so
+    many rows (below one tile the next power of two); 1 where there are no tiles.
+    """
 
     def __init__(
         self,
@@ -214,19 +357,22 @@ class _Forward:
         *,
         draft: bool,
         padded: bool,
+        tile: int,
         roofline: Roofline | None = None,
+        near: Roofline | None = None,
         kernel: Kernel | None = None,
     ) -> None:
-        self.draft, self.padded = draft, padded
+        """Fit what is None; `near` is a roofline to start from."""
+        self.draft, self.padded, self.tile = draft, padded, tile
         batch = np.array([p.batch for p in points], dtype=float)
         seq = np.array([p.seq for p in points], dtype=float)
         drafts = np.array([p.num_draft_tokens for p in points], dtype=float)
         seconds = np.array([p.seconds for p in points])
-        rows = self.rows(batch, drafts)
-        self.roofline = roofline if roofline is not None else _fit_roofline(points, rows, constants, draft)
-        targets = np.log(seconds / self.roofline.time(batch, seq, rows))
+        tiled, several = _tiled(self.rows(batch, drafts), self.tile), self._several(drafts)
+        self.roofline = roofline or _fit_roofline(points, tiled, several, constants, draft, near)
+        base, features = self._base(batch, seq, drafts)
         variances = np.clip([p.noise**2 for p in points], 0.0, 0.02)
-        self.residual = _Residual(self._features(batch, seq, drafts), targets, variances, kernel)
+        self.residual = _Residual(features, np.log(seconds / base), variances, kernel)
 
     def rows(self, batch: Array, drafts: Array) -> Array:
         """Query rows that one forward computes."""
@@ -234,14 +380,107 @@ class _Forward:
             return batch * (drafts + 1.0)
         return np.ceil(batch / (drafts + 1.0)) * (drafts + 1.0) if self.padded else batch + 0.0 * drafts
 
-    def _features(self, batch: Array, seq: Array, drafts: Array) -> Array:
-        several = np.zeros_like(batch) if self.draft else (drafts > 0).astype(float)
-        return np.stack([np.log2(self.rows(batch, drafts)), np.log2(batch), np.log2(seq), several], axis=-1)
+    def tells(self, tile: int) -> bool:
+        """Whether the fitted points know of this tile: not where all row counts are powers of two."""
+        rows = 2.0 ** self.residual.features[:, _ROWS]
+        return not np.allclose(_tiled(rows, tile), rows)
+
+    def _several(self, drafts: Array) -> NDArray[np.bool_]:
+        return np.zeros(drafts.shape, dtype=bool) if self.draft else np.asarray(drafts > 0)
+
+    def _base(self, batch: Array, seq: Array, drafts: Array) -> tuple[Array, Array]:
+        """Roofline seconds [n] and features [n, 6]."""
+        rows, several = self.rows(batch, drafts), self._several(drafts)
+        tiled = _tiled(rows, self.tile)
+        linear, attention = self.roofline.parts(batch, seq, tiled, several)
+        base = linear + attention
+        features = [np.log2(tiled), np.log2(rows), np.log2(batch), np.log2(seq), several, attention / base]
+        return base, np.stack(features, axis=-1).astype(float)
 
     def time(self, batch: Array, seq: Array, drafts: Array) -> Array:
         """Seconds for equally shaped flat arrays."""
-        base = self.roofline.time(batch, seq, self.rows(batch, drafts))
-        return np.asarray(base * np.exp(self.residual.log_ratio(self._features(batch, seq, drafts))))
+        base, features = self._base(batch, seq, drafts)
+        return np.asarray(base * np.exp(self.residual.log_ratio(features)))
+
+
+class _Forward:
+    """One fitted forward: the geometric mean of surfaces that differ in their tile, weighted by `shares`."""
+
+    def __init__(self, surfaces: Sequence[_Surface], shares: Sequence[float]) -> None:
+        self.surfaces, self.shares = tuple(surfaces), tuple(shares)
+        self.draft, self.padded = surfaces[0].draft, surfaces[0].padded
+
+    @classmethod
+    def fit(
+        cls, points: Sequence[Point], constants: ModelConstants, *, draft: bool, paddings: Sequence[bool] = (False,)
+    ) -> _Forward:
+        """Choose the padding that explains the points, and the tiles that interpolate them best.
+
+        How much a padding or a tile explains is judged with the default kernel. Several tiles are kept where they
+        interpolate about equally well: choosing one would be up to chance.
+        """
+
+        def surface(padded: bool, tile: int, **known: Any) -> _Surface:
+            return _Surface(points, constants, draft=draft, padded=padded, tile=tile, **known)
+
+        first, *others = (surface(padded, 1, kernel=Kernel()) for padded in paddings)
+        for other in others:
+            if other.residual.unexplained < 0.9 * first.residual.unexplained:
+                first = other
+        most_rows = max(p.batch * (1 if draft else p.num_draft_tokens + 1) for p in points)
+        all_tiles = [first]
+        for tile in _TILES:
+            if tile <= most_rows and first.tells(tile):
+                all_tiles.append(surface(first.padded, tile, near=first.roofline, kernel=Kernel()))
+        errors = np.array([1e-6 + one.residual.interpolation_error(first.residual.trust) for one in all_tiles])
+        likely = (errors / errors.min()) ** -_SHARPNESS
+        kept = [index for index in np.argsort(-likely.round(6), kind="stable")[:3] if likely[index] > 0.1]
+        best = all_tiles[kept[0]]
+        lead = surface(best.padded, best.tile, roofline=best.roofline)
+        kernel = lead.residual.kernel
+        more = [
+            surface(best.padded, all_tiles[i].tile, roofline=all_tiles[i].roofline, kernel=kernel) for i in kept[1:]
+        ]
+        return cls([lead, *more], (likely[kept] / likely[kept].sum()).tolist())
+
+    @property
+    def roofline(self) -> Roofline:
+        """That of the surface with the largest share."""
+        return self.surfaces[0].roofline
+
+    def time(self, batch: Array, seq: Array, drafts: Array) -> Array:
+        """Seconds for equally shaped flat arrays."""
+        logs = [
+            share * np.log(one.time(batch, seq, drafts)) for share, one in zip(self.shares, self.surfaces, strict=True)
+        ]
+        return np.asarray(np.exp(np.sum(logs, axis=0)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the points do not hold."""
+        tiles = [
+            {"tile": one.tile, "share": share, "roofline": asdict(one.roofline)}
+            for one, share in zip(self.surfaces, self.shares, strict=True)
+        ]
+        return {"padded_to_cycle": self.padded, "residual": asdict(self.surfaces[0].residual.kernel), "tiles": tiles}
+
+    @classmethod
+    def from_dict(
+        cls, part: Mapping[str, Any], points: Sequence[Point], constants: ModelConstants, *, draft: bool
+    ) -> _Forward:
+        """Rebuild from `to_dict`'s form and the points that it was fitted to."""
+        surfaces = [
+            _Surface(
+                points,
+                constants,
+                draft=draft,
+                padded=bool(part["padded_to_cycle"]),
+                tile=int(one["tile"]),
+                roofline=Roofline(**one["roofline"]),
+                kernel=Kernel(**part["residual"]),
+            )
+            for one in part["tiles"]
+        ]
+        return cls(surfaces, [float(one["share"]) for one in part["tiles"]])
 
 
 def _non_decreasing(values: Array, axis: int) -> Array:
@@ -327,7 +566,9 @@ class CostModel:
         self._forward_table = _Table(forward, decoding, sorted(drafts))
         # The largest measured prefill; without one, what a verified row costs, of which each has logits, too.
         prefill = max((p for p in points if p.component == "prefill"), key=lambda p: p.batch * p.seq, default=None)
-        self._per_row = prefill.seconds / (prefill.batch * prefill.seq) if prefill else forward.roofline.row
+        self._per_row = (
+            prefill.seconds / (prefill.batch * prefill.seq) if prefill else _compute_seconds(forward, decoding)
+        )
         self._max_drafts = max(drafts)
         plain_drafts = sorted(drafts) if draft.padded else [0]
         self._draft_table = _Table(draft, [p for p in points if p.component == "draft"], plain_drafts)
@@ -360,8 +601,12 @@ class CostModel:
         for name, group in (("target or verify", target), ("draft", drafts)):
             if not group:
                 raise ValueError(f"the measured points hold no {name} time: measure both before fitting a cost model.")
-        forward = _Forward(target, constants, draft=False, padded=False)
-        draft = _fit_draft(drafts, constants, pad_drafts)
+        forward = _Forward.fit(target, constants, draft=False)
+        if pad_drafts is None:
+            paddings = [False, True] if len({p.num_draft_tokens for p in drafts}) > 1 else [False]
+        else:
+            paddings = [pad_drafts]
+        draft = _Forward.fit(drafts, constants, draft=True, paddings=paddings)
         return cls(forward, draft, points, constants, meta or {})
 
     @classmethod
@@ -444,17 +689,7 @@ class CostModel:
             "schema_version": SCHEMA_VERSION,
             "meta": self.meta,
             "constants": asdict(self.constants),
-            "model": {
-                "forward": {
-                    "roofline": asdict(self._forward.roofline),
-                    "residual": asdict(self._forward.residual.kernel),
-                },
-                "draft": {
-                    "padded_to_cycle": self._draft.padded,
-                    "roofline": asdict(self._draft.roofline),
-                    "residual": asdict(self._draft.residual.kernel),
-                },
-            },
+            "model": {"forward": self._forward.to_dict(), "draft": self._draft.to_dict()},
             "points": {
                 "columns": ["component", "batch", "seq", "num_draft_tokens", "seconds", "noise"],
                 "rows": [
@@ -475,7 +710,7 @@ class CostModel:
     def from_dict(cls, profile: Mapping[str, Any]) -> CostModel:
         """Rebuild from `to_dict`'s form. ValueError: a field is missing or the schema version differs."""
         version = profile.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if version not in (1, SCHEMA_VERSION):
             raise ValueError(
                 f"schema_version of the profile is {version!r}, this version reads {SCHEMA_VERSION}: calibrate again."
             )
@@ -483,26 +718,16 @@ class CostModel:
             columns = profile["points"]["columns"]
             points = [Point(**dict(zip(columns, row, strict=True))) for row in profile["points"]["rows"]]
             constants = ModelConstants(**profile["constants"])
-            forward_part, draft_part = profile["model"]["forward"], profile["model"]["draft"]
-            forward = _Forward(
-                [p for p in points if p.component in _DECODING],
-                constants,
-                draft=False,
-                padded=False,
-                roofline=Roofline(**forward_part["roofline"]),
-                kernel=Kernel(**forward_part["residual"]),
-            )
-            draft = _Forward(
-                [p for p in points if p.component == "draft"],
-                constants,
-                draft=True,
-                padded=bool(draft_part["padded_to_cycle"]),
-                roofline=Roofline(**draft_part["roofline"]),
-                kernel=Kernel(**draft_part["residual"]),
-            )
+            meta = profile["meta"]
+            if version == 1:  # an older form of the model, with the same points
+                return cls.fit(points, constants, meta)
+            target = [p for p in points if p.component in _DECODING]
+            drafts = [p for p in points if p.component == "draft"]
+            forward = _Forward.from_dict(profile["model"]["forward"], target, constants, draft=False)
+            draft = _Forward.from_dict(profile["model"]["draft"], drafts, constants, draft=True)
         except (KeyError, TypeError) as error:
             raise ValueError(f"the profile is not one of ours ({error}): calibrate again.") from error
-        return cls(forward, draft, points, constants, profile["meta"])
+        return cls(forward, draft, points, constants, meta)
 
     @classmethod
     def from_profile(cls, path: str | Path) -> CostModel:
@@ -530,21 +755,13 @@ class CostModel:
         Path(path).write_text(f'{head},\n    "rows": [\n{lines}\n    ]\n  }}\n}}\n')
 
 
-def _fit_draft(points: Sequence[Point], constants: ModelConstants, pad_drafts: bool | None) -> _Forward:
-    if pad_drafts is not None:
-        return _Forward(points, constants, draft=True, padded=pad_drafts)
-    if len({p.num_draft_tokens for p in points}) < 2:
-        return _Forward(points, constants, draft=True, padded=False)
-    plain, padded = (
-        _unexplained(_Forward(points, constants, draft=True, padded=choice, kernel=Kernel()), points)
-        for choice in (False, True)
-    )
-    return _Forward(points, constants, draft=True, padded=padded < 0.9 * plain)
-
-
-def _unexplained(forward: _Forward, points: Sequence[Point]) -> float:
-    columns = np.array([[p.batch, p.seq, p.num_draft_tokens, p.seconds] for p in points], dtype=float).T
-    return float(np.abs(np.log(forward.time(*columns[:3]) / columns[3])).mean())
+def _compute_seconds(forward: _Forward, points: Sequence[Point]) -> float:
+    """Cost of one more query row where nothing is memory-bound: four times the measured rows and up."""
+    most = max(points, key=lambda p: p.batch * (p.num_draft_tokens + 1))
+    rows = most.num_draft_tokens + 1.0
+    batch, seq = np.full(2, float(most.batch)), np.full(2, float(most.seq))
+    low, high = forward.time(batch, seq, np.array([4.0 * rows - 1.0, 8.0 * rows - 1.0]))
+    return float((high - low) / (4.0 * rows * most.batch))
 
 
 @dataclass(frozen=True)
