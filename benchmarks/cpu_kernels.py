@@ -99,7 +99,7 @@ def main() -> None:
                 best[name][rows] = min(best[name].get(rows, float("inf")), seconds(step))
         print(f"{rows:3} rows: " + ", ".join(f"{name} {best[name][rows] * 1e3:.0f} ms" for name in built), flush=True)
     result = {
-        "provenance": provenance().model_dump(mode="json"),
+        "provenance": provenance(),
         "bandwidth": bandwidth,
         "limit_ms": {name: 1e3 * KERNELS[name][1] * values / bandwidth for name in built},
         "milliseconds": {name: {rows: 1e3 * value for rows, value in found.items()} for name, found in best.items()},
