@@ -14,6 +14,8 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_selfspec.control.policy import Controller, Decision
+from vllm_selfspec.drafter.quantize import QuantizedLinear
+from vllm_selfspec.drafter.quantize_rows import RowsLinear
 from vllm_selfspec.scheduler import SelfSpecScheduling
 
 BLOCK = 32
@@ -191,3 +193,9 @@ def generate(llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams)
     """The token ids of every prompt's samples, all prompts added at once."""
     outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
     return [[tuple(sample.token_ids) for sample in output.outputs] for output in outputs]
+
+
+def addresses(state: QuantizedLinear) -> list[int]:
+    """Where the buffers of a drafter's int8 weight lie."""
+    tensors = state._tensors if isinstance(state, RowsLinear) else (state._handler.handler_tensor,)
+    return [tensor.data_ptr() for tensor in tensors]

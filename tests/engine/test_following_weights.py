@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from engines import addresses
 from safetensors.torch import load_file
 from tiny_models import write_checkpoint
 from vllm import LLM, SamplingParams
@@ -58,8 +59,8 @@ def proposer(llm: LLM) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.drafter
 
 
-def buffers(llm: LLM) -> dict[Any, int]:
-    return {s: s._handler.handler_tensor.data_ptr() for s in proposer(llm)._tap._states.values()}
+def buffers(llm: LLM) -> dict[Any, list[int]]:
+    return {s: addresses(s) for s in proposer(llm)._tap._states.values()}
 
 
 @pytest.fixture(scope="module", params=["llama", "llama_tied"])
@@ -87,12 +88,12 @@ def in_process() -> Iterator[None]:
 def test_reload_weights(checkpoints: tuple[Path, Path], fresh: tuple[int, list[list[int]]]) -> None:
     llm = engine(checkpoints[0])
     assert accepted_and_text(llm)[1] != fresh[1]
-    addresses = buffers(llm)
+    places = buffers(llm)
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints[1])})
     assert accepted_and_text(llm) == fresh
-    assert buffers(llm) == addresses
+    assert buffers(llm) == places
     (report,) = llm.collective_rpc("selfspec_refresh")
-    assert report["total_layers"] >= len(addresses) and report["total_seconds"] > 0 and report["bytes"] > 0
+    assert report["total_layers"] >= len(places) and report["total_seconds"] > 0 and report["bytes"] > 0
     told = {metric.name: metric for metric in llm.get_metrics()}
     assert told["vllm:selfspec_refreshed_layers"].value == report["total_layers"] - report["layers"]
     seconds = told["vllm:selfspec_refresh_seconds"]
@@ -136,11 +137,11 @@ def test_updates_that_vllm_does_not_finish(
         pytest.skip("tied weights are the harder case; one model is enough for the unpacked mode")
     llm = engine(checkpoints[0])
     accepted_and_text(llm)
-    addresses = buffers(llm)
+    places = buffers(llm)
     update(llm, load_file(checkpoints[1] / "model.safetensors"))
     accepted, text = accepted_and_text(llm)
     assert text == fresh[1]
     assert accepted == fresh[0]
-    assert buffers(llm) == addresses
+    assert buffers(llm) == places
     del llm
     gc.collect()

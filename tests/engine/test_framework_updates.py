@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import engine, generate, greedy, random_prompt, runner_of, watch
+from engines import addresses, engine, generate, greedy, random_prompt, runner_of, watch
 from safetensors.torch import load_file
 from torch import nn
 from vllm import LLM
@@ -310,7 +310,7 @@ def there_and_back(update: Callable[[LLM, Path], None], llm: LLM, versions: tupl
 
 
 def buffers(llm: LLM) -> list[int]:
-    return sorted(state._handler.handler_tensor.data_ptr() for state in tap_of(llm)._states.values())
+    return sorted(address for state in tap_of(llm)._states.values() for address in addresses(state))
 
 
 @pytest.mark.parametrize("update", [skyrl, prime_rl, prime_rl_nixl])
