@@ -124,9 +124,7 @@ def test_compiles(kind: type) -> None:
     assert torch.equal(compiled(x), linear.apply(x, None) * 2)
 
 
-def test_the_mend_takes_only_what_fell_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_half_linear, "rows_kernels", lambda: True)
-
+def test_the_mend_takes_only_what_fell_back() -> None:
     def dispatch(weight: torch.Tensor, packs: bool) -> object:
         layer = SimpleNamespace(weight=weight, cpu_linear=None)
 

@@ -1,8 +1,7 @@
 """bfloat16 and float16 layers run several times below the memory's speed on x86 CPUs without AVX-512 in vLLM 0.32.
 
-Symptom: the warning "Failed to create oneDNN linear, fallback to torch linear"; a decoding step takes three to four
-times as long as reading the weights, and each further row costs nearly as much again, so that verifying four tokens
-takes four steps' time and no draft can pay.
+Symptom: the warning "Failed to create oneDNN linear, fallback to torch linear"; each further row costs more than half
+of what the first did, so that verifying four tokens takes nearly three steps' time and drafts hardly pay.
 Cause: oneDNN's matrix products of these types want AVX-512, and torch's fallback widens the weights anew for each row.
 Mend: layers that fell back compute with `rows_linear` of `drafter/csrc/cpu_rows.cpp`, which reads the same weights and
 sums in float32, too. Layers for which vLLM found a kernel stay as they are. Goes when vLLM has one for such CPUs.
@@ -14,8 +13,6 @@ from collections.abc import Callable
 
 import torch
 
-from vllm_selfspec.drafter.cpu_kernels import rows_kernels
-
 
 def dispatch(original: Callable[..., None], layer: torch.nn.Module, remove_weight: bool) -> None:
     """vLLM's `dispatch_cpu_unquantized_gemm`, which sets `layer.cpu_linear`."""
@@ -24,7 +21,7 @@ def dispatch(original: Callable[..., None], layer: torch.nn.Module, remove_weigh
     if weight.is_meta or weight.ndim != 2 or weight.dtype not in (torch.bfloat16, torch.float16):
         return
     # Where vLLM found a kernel it packed the weight, and these CPUs have none to pack for.
-    if rows_kernels() and weight.numel():
+    if weight.numel():
         layer.cpu_linear = linear
 
 
