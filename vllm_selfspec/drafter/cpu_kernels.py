@@ -1,7 +1,8 @@
 """Builds and loads `csrc/cpu_rows.cpp`: matrix products of few rows for x86 CPUs without AVX-512.
 
 On such a CPU oneDNN has no bfloat16 or float16 product and a very slow int8 one, and what vLLM falls back to takes
-nearly three times as long for four rows as for one. `docs/cost.md` has the times. The library is built once per machine, with the compiler that torch.compile needs on CPU anyway.
+nearly three times as long for four rows as for one. `docs/cost.md` has the times.
+The library is built once per machine, with the compiler that torch.compile needs on CPU anyway.
 """
 
 from __future__ import annotations
