@@ -9,7 +9,8 @@ rounds alternate, so a machine whose speed drifts treats all alike; figures are 
 measures how far it is from vLLM without the flag.
 
 The rollout's rounds are also predicted by the simulator, from the lengths that came out, the profile that the engine
-measured at its start and the acceptance that was seen: predicted over measured makespan, median of the rounds.
+measured at its start and the acceptance that was seen: predicted over measured makespan, median of the rounds. Beside
+it, the same for the very steps that were taken, one by one: what the profile alone is wrong by.
 """
 
 import argparse
@@ -23,12 +24,23 @@ from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
+import numpy as np
 from vllm import LLM, SamplingParams
 
-from vllm_selfspec.control.policy import Controller, ControlSettings
-from vllm_selfspec.control.simulate import predict_recorded
+from vllm_selfspec.control.cost_model import CostModel
+from vllm_selfspec.control.policy import Controller, ControlSettings, StepObservation
+from vllm_selfspec.control.simulate import Clock, predict_recorded
 from vllm_selfspec.prompts import embedded_prompts
 from vllm_selfspec.provenance import provenance
+
+
+def error_of_steps(steps: list[StepObservation], profile: CostModel) -> float:
+    """Predicted over measured seconds of all steps together, minus 1."""
+    clock = Clock(profile, max(step.num_drafted for step in steps) or 1, 0.0, np.random.default_rng(0))
+    predicted = (
+        clock.seconds(s.num_decode, s.mean_context, s.num_verified, s.num_drafted, s.prefill_tokens) for s in steps
+    )
+    return math.fsum(predicted) / math.fsum(step.seconds for step in steps) - 1.0
 
 
 def main() -> None:
@@ -57,14 +69,25 @@ def main() -> None:
     prompts = embedded_prompts()
 
     def run(mode: str, batch: int, params: SamplingParams | list[SamplingParams]) -> dict[str, Any]:
-        scheduler._controller = modes[mode]
+        scheduler._controller = controller = modes[mode]
+        steps: list[StepObservation] = []
+        observe = controller.observe_step
+
+        def record_step(observation: StepObservation) -> None:
+            steps.append(observation)
+            observe(observation)
+
+        controller.observe_step = record_step  # type: ignore[method-assign]
         chosen = [prompts[i % len(prompts)]["messages"] for i in range(batch)]
         llm.reset_prefix_cache()
         start = time.perf_counter()
         outputs = llm.chat(chosen, params, use_tqdm=False)
+        makespan = time.perf_counter() - start
+        del controller.observe_step  # type: ignore[misc]
         return {
             "mode": mode.split()[0].replace("off", "plain"),
-            "makespan": time.perf_counter() - start,
+            "makespan": makespan,
+            "steps": steps,
             "output_lengths": [len(output.outputs[0].token_ids) for output in outputs],
             "prompt_lengths": [len(output.prompt_token_ids) for output in outputs],
             "num_speculative_tokens": modes[mode].settings.max_draft_tokens,
@@ -92,6 +115,11 @@ def main() -> None:
         }
         print(f"  acceptance {acceptance:.3f}; simulated makespan against measured:", flush=True)
         print("  " + ", ".join(f"{mode} {error:+.1%}" for mode, error in errors.items()), flush=True)
+        step_errors = {
+            m: statistics.median(error_of_steps(r["steps"], profile) for r in made) for m, made in recordings.items()
+        }
+        print("  profile alone, over the steps that were taken:", flush=True)
+        print("  " + ", ".join(f"{mode} {error:+.1%}" for mode, error in step_errors.items()), flush=True)
         return {
             "label": label,
             "batch": batch,
@@ -99,6 +127,7 @@ def main() -> None:
             "ratio_to_off": ratios,
             "acceptance": acceptance,
             "error_of_simulated_makespan": errors,
+            "error_of_step_times": step_errors,
         }
 
     params = SamplingParams(temperature=1.0, max_tokens=args.tokens, ignore_eos=True)

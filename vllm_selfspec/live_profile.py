@@ -34,6 +34,7 @@ from vllm_selfspec import __version__
 from vllm_selfspec.config import ConfigError, SelfSpecConfig
 from vllm_selfspec.control.cost_model import Component, CostModel, Point, ProfileIdentity, check_profile
 from vllm_selfspec.control.policy import StepObservation
+from vllm_selfspec.drafter.cpu_kernels import library_path, rows_kernels
 
 logger = init_logger("vllm.selfspec")
 
@@ -94,11 +95,14 @@ def profile_identity(config: VllmConfig, settings: SelfSpecConfig) -> ProfileIde
     else:
         hardware = f"{current_platform.get_device_name()} x{parallel.tensor_parallel_size}"
     eager = " eager" if model.enforce_eager else ""
+    versions = {"vllm": vllm.__version__, "torch": torch.__version__, "vllm-selfspec": __version__}
+    if current_platform.is_cpu() and rows_kernels():
+        versions["kernels"] = library_path().stem
     return ProfileIdentity(
         model=f"{model.model} {model.compute_hash()[:12]} {model.dtype}{eager}",
         hardware=hardware,
         drafter=f"{settings.drafter.model_dump_json()} up to {settings.num_speculative_tokens}",
-        versions={"vllm": vllm.__version__, "torch": torch.__version__, "vllm-selfspec": __version__},
+        versions=versions,
     )
 
 

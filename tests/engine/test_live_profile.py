@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from vllm_selfspec import live_profile
+from vllm_selfspec.config import SelfSpecConfig
 from vllm_selfspec.control.policy import StepObservation
 from vllm_selfspec.live_profile import points_of
 
@@ -65,3 +69,15 @@ def test_points_are_as_uncertain_as_the_steps_scatter() -> None:
 
 def test_no_points_without_a_plain_step() -> None:
     assert points_of([[step(0.06, num_verified=1)]], batch=2) == []
+
+
+def test_a_cached_profile_belongs_to_the_kernels_it_was_measured_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SimpleNamespace(model="m", dtype="bfloat16", enforce_eager=False, compute_hash=lambda: "0" * 16)
+    config = SimpleNamespace(model_config=model, parallel_config=SimpleNamespace(tensor_parallel_size=1))
+    settings = SelfSpecConfig.parse({"method": "selfspec"})
+    monkeypatch.setattr(live_profile, "rows_kernels", lambda: True)
+    paths = []
+    for library in ("cpu_rows-1.so", "cpu_rows-2.so"):
+        monkeypatch.setattr(live_profile, "library_path", lambda library=library: Path(library))
+        paths.append(live_profile.cache_path(live_profile.profile_identity(config, settings)))
+    assert paths[0] != paths[1]
