@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--fixed", type=int, nargs="+", default=[1, 3, 5, 7])
+    parser.add_argument("--max-draft-tokens", type=int, help="for the adaptive mode; by default the longest fixed")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each request in the constant batches")
     parser.add_argument("--rollout-tokens", type=int, default=256, help="most tokens of a request in the rollout")
     parser.add_argument("--rounds", type=int, default=5)
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--out", default="controller.json")
     args = parser.parse_args()
 
-    longest = max(args.fixed)
+    longest = args.max_draft_tokens or max(args.fixed)
     spec = {"method": "selfspec", "num_speculative_tokens": longest, "drafter": args.drafter}
     llm = LLM(args.model, speculative_config=spec, max_model_len=2048, max_num_seqs=16)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
@@ -108,7 +109,7 @@ def main() -> None:
         ratios = {m: statistics.median(a / b for a, b in zip(r, rates["off"], strict=True)) for m, r in rates.items()}
         text = {m: f"{statistics.median(rates[m]):.1f} tok/s {ratio:.2f}x" for m, ratio in ratios.items()}
         print(label, text, flush=True)
-        acceptance = statistics.mean(modes[f"fixed {longest}"].acceptance.rates())
+        acceptance = statistics.mean(modes[f"fixed {max(args.fixed)}"].acceptance.rates())
         errors = {
             mode: statistics.median(predict_recorded({**r, "acceptance": acceptance}, profile)["error"] for r in made)
             for mode, made in recordings.items()
