@@ -317,3 +317,23 @@ def test_constants_come_from_a_fit_or_a_config(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(ValueError, match="neither"):
         read_constants(path)
+
+
+def test_a_live_profile_does_not_invent_a_price_of_context() -> None:
+    # All contexts of a live calibration are within a few tokens; those of real requests are not.
+    points = []
+    for batch, context, plain, verify, draft, prefill in [
+        (1, 48, 0.0788, {1: 0.0874, 4: 0.1167, 7: 0.1354}, 0.0310, 0.301),
+        (2, 49, 0.0871, {1: 0.0910, 4: 0.1643, 7: 0.2399}, 0.0375, 0.559),
+        (4, 48, 0.0918, {1: 0.1393, 4: 0.2623, 7: 0.3917}, 0.0510, 1.104),
+        (8, 50, 0.1230, {1: 0.2148, 4: 0.4727, 7: 0.7129}, 0.0820, 2.047),
+    ]:
+        points += [Point("target", batch, context, 0, plain), Point("draft", batch, context, 4, draft)]
+        points += [Point("verify", batch, context, k, seconds) for k, seconds in verify.items()]
+        points += [Point("prefill", batch, 32, 0, prefill)]
+    model = CostModel.fit(points)
+    for batch in (1, 8):
+        measured = float(model.target_time(batch, 49))
+        assert float(model.target_time(batch, 1000)) < 1.2 * measured
+        assert float(model.verify_time(batch, 1000, 4)) < 1.2 * float(model.verify_time(batch, 49, 4))
+    assert float(model.target_time(1, 100)) == pytest.approx(0.0788, rel=0.1)

@@ -148,17 +148,23 @@ def _fit_roofline(
         linear, attention = Roofline(*np.exp(theta)).parts(batch, seq, rows, several)
         return np.log((linear + attention) / seconds)
 
+    # Contexts that hardly differ, as those of a live calibration, do not tell what a token of context costs: whatever
+    # the fit puts there would be multiplied by contexts twenty times as long. It stays where it is expected.
+    told = seq.max() >= 2.0 * seq.min()
+    pull = np.full(8, 0.1)
+    if not told:
+        pull[[1, 2, 5]] = 10.0
     fits = []
     # known constants can be far from what the machine reaches, so the scale of the data is a second start
     for known in {constants, ModelConstants()}:
         expected = _roofline_guess(points, known, draft)
         start = expected.copy()
-        if len(set(seq)) > 1:
+        if told:
             # a side of a maximum that is far below the other has no gradient: start where each takes a tenth
             start[[2, 5]] = np.log(0.1 * seconds.min() / seq.max() / np.array([1.0, rows.max()]))
 
         def residuals(theta: Array, scale: float, expected: Array = expected) -> Array:
-            return np.concatenate([misfit(theta) / scale, 0.1 * (theta - expected)])
+            return np.concatenate([misfit(theta) / scale, pull * (theta - expected)])
 
         if near is None:
             rough = least_squares(residuals, start, loss="soft_l1", args=(0.05,)).x
