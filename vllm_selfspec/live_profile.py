@@ -34,14 +34,14 @@ from vllm_selfspec import __version__
 from vllm_selfspec.config import ConfigError, SelfSpecConfig
 from vllm_selfspec.control.cost_model import Component, CostModel, Point, ProfileIdentity, check_profile
 from vllm_selfspec.control.policy import StepObservation
-from vllm_selfspec.drafter.cpu_kernels import library_path, rows_kernels
+from vllm_selfspec.drafter.cpu_kernels import library_in_use
 
 logger = init_logger("vllm.selfspec")
 
 BUDGET_SECONDS = {"cpu": 60.0}
 DEFAULT_BUDGET_SECONDS = 10.0
 REPETITIONS, ROUNDS = 2, 4
-PROMPT_TOKENS = 32
+SHORT_CONTEXT, LONG_CONTEXT = 32, 4096
 
 
 def core_init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
@@ -96,8 +96,8 @@ def profile_identity(config: VllmConfig, settings: SelfSpecConfig) -> ProfileIde
         hardware = f"{current_platform.get_device_name()} x{parallel.tensor_parallel_size}"
     eager = " eager" if model.enforce_eager else ""
     versions = {"vllm": vllm.__version__, "torch": torch.__version__, "vllm-selfspec": __version__}
-    if current_platform.is_cpu() and rows_kernels():
-        versions["kernels"] = library_path().stem
+    if library := library_in_use():
+        versions["kernels"] = library
     return ProfileIdentity(
         model=f"{model.model} {model.compute_hash()[:12]} {model.dtype}{eager}",
         hardware=hardware,
@@ -124,32 +124,38 @@ def _cpu_name() -> str:
 def measure(core: Any, settings: SelfSpecConfig, identity: ProfileIdentity) -> CostModel | None:
     """Time the engine for batch sizes 1, 2, 4, … and a few draft lengths, in rounds, as long as the budget lasts.
 
-    Rounds, because a machine that others use is slow for a while: each batch size is measured at several moments.
+    Rounds, because a machine that others use is slow for a while: each batch size is measured at several moments. Every
+    second round is of long contexts, which tell what a token of context costs.
     """
     budget = BUDGET_SECONDS.get(current_platform.device_type, DEFAULT_BUDGET_SECONDS)
     longest = settings.num_speculative_tokens
     lengths = sorted({1, (longest + 1) // 2, longest})
     start = time.perf_counter()
-    runs: dict[int, list[list[StepObservation]]] = defaultdict(list)
-    took: dict[int, float] = {}
+    runs: dict[tuple[int, bool], list[list[StepObservation]]] = defaultdict(list)
+    took: dict[tuple[int, bool], float] = {}
     for number in range(ROUNDS):
+        far = number % 2 == 1
         batch = 1
         while batch <= core.vllm_config.scheduler_config.max_num_seqs:
             began = time.perf_counter()
-            expected = took.get(batch, 2.2 * took.get(batch // 2, 0.0))
-            if began - start + expected > budget:
+            # Not measured yet: more than half the batch took, and more than it took with little context.
+            guess = 2.2 * took.get((batch // 2, far), 0.0) or 1.5 * took.get((batch, False), 0.0)
+            if began - start + took.get((batch, far), guess) > budget:
                 break
-            runs[batch].append(run_batch(core, batch, lengths))
-            took[batch] = time.perf_counter() - began
+            made = run_batch(core, batch, lengths, far)
+            if not made:
+                break
+            runs[batch, far].append(made)
+            took[batch, far] = time.perf_counter() - began
             logger.info(
                 "selfspec calibration: round %d, batch %d measured in %.1f s (budget %.0f s).",
                 number + 1,
                 batch,
-                took[batch],
+                took[batch, far],
                 budget,
             )
             batch *= 2
-    points = [point for batch, made in runs.items() for point in points_of(made, batch)]
+    points = [point for (batch, _), made in runs.items() for point in points_of(made, batch)]
     if not {"target", "draft"} <= {point.component for point in points}:
         return None
     meta = {
@@ -163,14 +169,25 @@ def measure(core: Any, settings: SelfSpecConfig, identity: ProfileIdentity) -> C
     return CostModel.fit(points, meta=meta)
 
 
-def run_batch(core: Any, batch: int, lengths: Sequence[int]) -> list[StepObservation]:
-    """The steps of one batch size, in order; leaves the engine without requests."""
+def run_batch(core: Any, batch: int, lengths: Sequence[int], far: bool = False) -> list[StepObservation]:
+    """The steps of one batch size, in order; leaves the engine without requests.
+
+    Args:
+        far: with as much context as this batch may have, up to `LONG_CONTEXT` tokens each. No steps where that is
+            hardly more than without.
+    """
     # A plain step, one that drafts, one that only verifies what was drafted.
     plan = [dictated for length in lengths for dictated in (0, length, 0)] * REPETITIONS
-    room = core.vllm_config.model_config.max_model_len
-    prompt = min(PROMPT_TOKENS, max(1, room // 4))
     needed = 2 + sum(length + 1 for length in plan)
-    with synthetic_requests(core, batch, prompt, min(needed, room - prompt)) as (step, observations):
+    room = core.vllm_config.model_config.max_model_len
+    prompt = min(SHORT_CONTEXT, max(1, room // 4))
+    if far:
+        free = core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() // batch
+        slots = free * core.vllm_config.cache_config.block_size
+        short, prompt = prompt, min(LONG_CONTEXT, min(room, slots - core.scheduler.num_lookahead_tokens) - needed)
+        if prompt < 4 * short:
+            return []
+    with synthetic_requests(core, batch, prompt, min(needed, room - prompt), computed=far) as (step, observations):
         for length in [0, *plan]:
             step(length)
     core.reset_prefix_cache()
@@ -179,9 +196,13 @@ def run_batch(core: Any, batch: int, lengths: Sequence[int]) -> list[StepObserva
 
 @contextmanager
 def synthetic_requests(
-    core: Any, batch: int, prompt_tokens: int, max_tokens: int
+    core: Any, batch: int, prompt_tokens: int, max_tokens: int, *, computed: bool = False
 ) -> Iterator[tuple[Callable[[int], None], list[StepObservation]]]:
     """Requests of random tokens at temperature 1, whose draft lengths the caller dictates; aborted at the end.
+
+    Args:
+        computed: take all of each prompt but its last token as computed, whatever the KV cache holds there: a step's
+            time does not depend on it. The caller sees to it that the KV cache has room, and resets the prefix cache.
 
     Yields:
         a function that runs one step of the engine, which drafts as many tokens as it is told, and the list to which
@@ -203,6 +224,11 @@ def synthetic_requests(
             data_parallel_rank=None,
         )
         core.add_request(*core.preprocess_add_request(request))
+        if computed and prompt_tokens > 1:
+            # As after a transfer from another engine (`WAITING_FOR_REMOTE_KVS` in vLLM's scheduler).
+            waiting = core.scheduler.requests[name]
+            core.scheduler.kv_cache_manager.allocate_slots(waiting, prompt_tokens - 1, delay_cache_blocks=True)
+            waiting.num_computed_tokens = prompt_tokens - 1
     observations: list[StepObservation] = []
     with core.scheduler.dictated(observations) as dictate:
 

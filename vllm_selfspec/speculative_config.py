@@ -16,7 +16,7 @@ from vllm.config.utils import config
 from vllm.platforms import current_platform
 
 from vllm_selfspec.config import ConfigError, SelfSpecConfig
-from vllm_selfspec.drafter.cpu_kernels import library_path, rows_kernels
+from vllm_selfspec.drafter.cpu_kernels import library_in_use
 from vllm_selfspec.drafter.runner import choose_runner, every_draft_length
 from vllm_selfspec.plugin import register
 
@@ -57,8 +57,7 @@ class SelfSpecSpeculativeConfig(SpeculativeConfig):
     def compute_hash(self) -> str:
         """vLLM's hash plus the drafter and the kernels: compiled graphs are cached under this key."""
         drafter = self.selfspec.drafter.model_dump_json()
-        kernels = library_path().name if current_platform.is_cpu() and rows_kernels() else ""
-        return hashlib.sha256(f"{super().compute_hash()}{drafter}{kernels}".encode()).hexdigest()
+        return hashlib.sha256(f"{super().compute_hash()}{drafter}{library_in_use()}".encode()).hexdigest()
 
     def uses_dynamic_speculative_decoding(self) -> bool:
         """True when the draft length may change from step to step."""

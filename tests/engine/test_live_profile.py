@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from engines import BLOCK, engine, generate, greedy, random_prompt
 
 from vllm_selfspec import live_profile
 from vllm_selfspec.config import SelfSpecConfig
 from vllm_selfspec.control.policy import StepObservation
-from vllm_selfspec.live_profile import points_of
+from vllm_selfspec.live_profile import measure, points_of, run_batch
 
 PLAIN, DRAFT, VERIFY = 0.05, 0.01, {1: 0.06, 4: 0.08}
 
@@ -75,9 +76,46 @@ def test_a_cached_profile_belongs_to_the_kernels_it_was_measured_with(monkeypatc
     model = SimpleNamespace(model="m", dtype="bfloat16", enforce_eager=False, compute_hash=lambda: "0" * 16)
     config = SimpleNamespace(model_config=model, parallel_config=SimpleNamespace(tensor_parallel_size=1))
     settings = SelfSpecConfig.parse({"method": "selfspec"})
-    monkeypatch.setattr(live_profile, "rows_kernels", lambda: True)
     paths = []
     for library in ("cpu_rows-1.so", "cpu_rows-2.so"):
-        monkeypatch.setattr(live_profile, "library_path", lambda library=library: Path(library))
+        monkeypatch.setattr(live_profile, "library_in_use", lambda library=library: library)
         paths.append(live_profile.cache_path(live_profile.profile_identity(config, settings)))
     assert paths[0] != paths[1]
+
+
+def test_long_contexts_are_measured_without_computing_them(tiny: Callable[..., str]) -> None:
+    """Once nothing but 50 tokens of context was measured, and its price was a guess."""
+    room, blocks = 512, 40
+    prompts = [random_prompt(3 * BLOCK, seed) for seed in range(2)]
+    arguments = {"max_model_len": room, "num_gpu_blocks_override": blocks, "max_num_seqs": 4}
+    with engine(tiny(), {"control": {"mode": "fixed"}}, enable_prefix_caching=True, **arguments) as llm:
+        core = llm.llm_engine.engine_core.engine_core
+        before = generate(llm, prompts, greedy(20))
+
+        for batch, least in ((1, 300), (4, 130)):  # the model's limit; what four requests can have of the KV cache
+            steps = run_batch(core, batch, [1, 3], far=True)
+            assert len(steps) >= 12
+            assert all(step.num_decode == batch and step.prefill_tokens == 0 for step in steps)
+            assert all(least < step.mean_context < room for step in steps)
+            assert {step.num_drafted for step in steps} == {0, 1, 3}
+
+        identity = live_profile.profile_identity(
+            llm.llm_engine.vllm_config, llm.llm_engine.vllm_config.speculative_config.selfspec
+        )
+        model = measure(core, llm.llm_engine.vllm_config.speculative_config.selfspec, identity)
+        assert model is not None
+        contexts = {
+            batch: [p.seq for p in model.points if p.batch == batch and p.component == "target"] for batch in (1, 2, 4)
+        }
+        assert all(2 * min(seen) < max(seen) for seen in contexts.values())
+
+        # What was pretended is not taken for a prefix of these prompts, and no block is lost.
+        assert core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == blocks - 1
+        assert generate(llm, prompts, greedy(20)) == before
+
+
+def test_no_long_contexts_where_there_is_no_room(tiny: Callable[..., str]) -> None:
+    with engine(tiny(), {"control": {"mode": "fixed"}}, max_model_len=128) as llm:
+        core = llm.llm_engine.engine_core.engine_core
+        assert run_batch(core, 1, [1], far=True) == []
+        assert len(run_batch(core, 1, [1])) >= 6

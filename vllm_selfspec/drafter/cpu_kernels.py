@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 logger = init_logger("vllm.selfspec")
 
@@ -32,6 +33,8 @@ CAPABILITY = "AVX2"
 @functools.cache
 def rows_kernels() -> bool:
     """True where this CPU is better served by these kernels than by vLLM's; they are loaded then."""
+    if not current_platform.is_cpu():
+        return False
     if torch.backends.cpu.get_cpu_capability() != CAPABILITY or platform.machine() not in ("x86_64", "AMD64"):
         return False
     try:
@@ -45,6 +48,11 @@ def rows_kernels() -> bool:
         )
         return False
     return True
+
+
+def library_in_use() -> str:
+    """File name of the library whose kernels engines use here; empty where they use vLLM's."""
+    return library_path().name if rows_kernels() else ""
 
 
 @functools.cache
