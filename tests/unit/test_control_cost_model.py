@@ -337,3 +337,24 @@ def test_a_live_profile_does_not_invent_a_price_of_context() -> None:
         assert float(model.target_time(batch, 1000)) < 1.2 * measured
         assert float(model.verify_time(batch, 1000, 4)) < 1.2 * float(model.verify_time(batch, 49, 4))
     assert float(model.target_time(1, 100)) == pytest.approx(0.0788, rel=0.1)
+
+
+def test_long_contexts_in_which_every_row_reads_the_cache_again() -> None:
+    """As attention on CPU: the fit once took it for one sequence's critical path, and the rest 60 % off with it."""
+
+    def forward(batch: int, context: int, drafts: int) -> float:
+        rows = batch * (drafts + 1)
+        return 0.033 + 0.0029 * rows + context * (2.4e-6 * batch + 2.1e-6 * rows)
+
+    points, asked = [], [(b, s, k) for b in (1, 2, 4) for s in (48, 4107) for k in (0, 1, 4, 7)]
+    for batch, context, drafts in asked:
+        points.append(
+            Point("verify" if drafts else "target", batch, context, drafts, forward(batch, context, drafts), 0.05)
+        )
+        if drafts:
+            points.append(
+                Point("draft", batch, context, drafts, 0.018 + 0.0017 * batch + 4.7e-6 * context * batch, 0.05)
+            )
+    model = CostModel.fit(points)
+    errors = [abs(float(model.verify_time(b, s, k)) / forward(b, s, k) - 1.0) for b, s, k in asked]
+    assert max(errors) < 0.25 and float(np.mean(errors)) < 0.08

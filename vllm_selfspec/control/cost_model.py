@@ -154,7 +154,25 @@ def _fit_roofline(
     pull = np.full(8, 0.1)
     if not told:
         pull[[1, 2, 5]] = 10.0
-    fits = []
+    # What is left of a point can be of the scale of its own noise.
+    noise = np.array([p.noise for p in points])
+
+    def residuals(theta: Array, scale: float, expected: Array) -> Array:
+        return np.concatenate([misfit(theta) / np.maximum(scale, noise), pull * (theta - expected)])
+
+    def refined(rough: Array, expected: Array) -> tuple[float, Array]:
+        # a loss that forgets outliers, at the scale of what is left
+        scale = float(np.clip(1.4826 * np.median(np.abs(misfit(rough))), 0.01, 0.05))
+        theta = least_squares(residuals, rough, loss="cauchy", args=(scale, expected)).x
+        return float((np.abs(misfit(theta)) / np.maximum(0.01, noise)).mean()), theta
+
+    def soft(start: Array, expected: Array, **limits: int) -> Any:
+        return least_squares(residuals, start, loss="soft_l1", args=(0.05, expected), **limits)
+
+    if near is not None:
+        theta = refined(np.log(list(asdict(near).values())), _roofline_guess(points, constants, draft))[1]
+        return Roofline(*(float(value) for value in np.exp(theta)))
+    usual, others = [], []
     # known constants can be far from what the machine reaches, so the scale of the data is a second start
     for known in {constants, ModelConstants()}:
         expected = _roofline_guess(points, known, draft)
@@ -162,20 +180,20 @@ def _fit_roofline(
         if told:
             # a side of a maximum that is far below the other has no gradient: start where each takes a tenth
             start[[2, 5]] = np.log(0.1 * seconds.min() / seq.max() / np.array([1.0, rows.max()]))
-
-        def residuals(theta: Array, scale: float, expected: Array = expected) -> Array:
-            return np.concatenate([misfit(theta) / scale, pull * (theta - expected)])
-
-        if near is None:
-            rough = least_squares(residuals, start, loss="soft_l1", args=(0.05,)).x
-        else:
-            rough = np.log(list(asdict(near).values()))
-        # then a loss that forgets outliers, at the scale of what is left
-        scale = float(np.clip(1.4826 * np.median(np.abs(misfit(rough))), 0.01, 0.05))
-        fits.append(least_squares(residuals, rough, loss="cauchy", args=(scale,)).x)
-        if near is not None:
-            break
-    fitted = min(fits, key=lambda theta: float(np.abs(misfit(theta)).mean()))
+        usual.append(refined(soft(start, expected).x, expected))
+        if told:
+            # the same with each side of attention on top, and a cost of rows that long contexts do not blur
+            far, short = np.argmax(batch * seq), seq < 2.0 * seq.min()
+            each = seconds[far] / seq[far] / np.array([batch[far], 1.0, rows[far]])
+            start[4] = math.log(0.8 * seconds[short].max() / rows[short].max())
+            tried = []
+            for shares in ((0.5, 0.1, 0.1), (0.1, 0.5, 0.1), (0.1, 0.1, 0.5), (0.5, 0.1, 0.5)):
+                start[[1, 2, 5]] = np.log(np.array(shares) * each)
+                tried.append(soft(start.copy(), expected, max_nfev=6))  # enough to see which leads somewhere
+            best = sorted(tried, key=lambda fit: float(fit.cost))[:2]
+            others += [refined(soft(fit.x, expected).x, expected) for fit in best]
+    # The usual start has the fewest assumptions: another one has to explain clearly more.
+    fitted = min([*usual, *((1.25 * error, theta) for error, theta in others)], key=lambda fit: fit[0])[1]
     return Roofline(*(float(value) for value in np.exp(fitted)))
 
 
