@@ -8,9 +8,11 @@ rounds alternate, so a machine whose speed drifts treats all alike; figures are 
 "never draft". That is plain decoding with the plugin loaded: `vllm-selfspec rollout --control '{"mode": "off"}'`
 measures how far it is from vLLM without the flag.
 
-The rollout's rounds are also predicted by the simulator, from the lengths that came out, the profile that the engine
-measured at its start and the acceptance that was seen: predicted over measured makespan, median of the rounds. Beside
-it, the same for the very steps that were taken, one by one: what the profile alone is wrong by.
+The rounds are also predicted by the simulator, from the lengths that came out, a profile and the acceptance that was
+seen: predicted over measured makespan, median of the rounds. Beside it, the same for the very steps that were taken,
+one by one: what the profile alone is wrong by. The profile is the one that the engine measured at its start, and, where
+the machine has changed since, says more about that than about the simulator; `--interleave` takes turns with the
+calibration, too, and predicts from the profile that comes out of these turns.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from vllm import LLM, SamplingParams
 from vllm_selfspec.control.cost_model import CostModel
 from vllm_selfspec.control.policy import Controller, ControlSettings, StepObservation
 from vllm_selfspec.control.simulate import Clock, predict_recorded
+from vllm_selfspec.live_profile import points_of, run_batch
 from vllm_selfspec.prompts import embedded_prompts
 from vllm_selfspec.provenance import provenance
 
@@ -43,6 +46,22 @@ def error_of_steps(steps: list[StepObservation], profile: CostModel) -> float:
     return math.fsum(predicted) / math.fsum(step.seconds for step in steps) - 1.0
 
 
+def error_of_makespan(recording: dict[str, Any], profile: CostModel) -> float:
+    """Simulated over measured makespan, minus 1; the mean over 20 draws of which drafts are accepted."""
+    return statistics.fmean(predict_recorded(recording, profile, seed=seed)["error"] for seed in range(20))
+
+
+def long_tailed_rollout(most: int) -> tuple[str, int, list[SamplingParams]]:
+    """Label, batch and parameters of 16 requests of the same long-tailed lengths every time.
+
+    The same for every mode, because the end of a rollout is one request, and a longer one takes longer.
+    """
+    dice = random.Random(0)
+    lengths = [min(most, round(dice.lognormvariate(math.log(most / 4), 0.8))) for _ in range(16)]
+    params = [SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=True) for length in lengths]
+    return f"rollout of 16, {min(lengths)} to {max(lengths)} tokens", 16, params
+
+
 def main() -> None:
     """Measure constant batches, then a rollout whose requests end one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,7 +70,8 @@ def main() -> None:
     parser.add_argument("--fixed", type=int, nargs="+", default=[1, 3, 5, 7])
     parser.add_argument("--max-draft-tokens", type=int, help="for the adaptive mode; by default the longest fixed")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each request in the constant batches")
-    parser.add_argument("--rollout-tokens", type=int, default=256, help="most tokens of a request in the rollout")
+    parser.add_argument("--rollout-tokens", type=int, default=256, help="most tokens of a request in it; 0: no rollout")
+    parser.add_argument("--interleave", action="store_true", help="calibrate again in every round, to predict from")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--drafter", type=json.loads, default={}, help='such as {"weights": "int4+int8"}')
     parser.add_argument("--out", default="controller.json")
@@ -60,7 +80,8 @@ def main() -> None:
     longest = args.max_draft_tokens or max(args.fixed)
     spec = {"method": "selfspec", "num_speculative_tokens": longest, "drafter": args.drafter}
     llm = LLM(args.model, speculative_config=spec, max_model_len=2048, max_num_seqs=16)
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    core = llm.llm_engine.engine_core.engine_core
+    scheduler = core.scheduler
     adaptive = scheduler._controller
     modes = {"off": Controller(ControlSettings(mode="off"))}
     for gamma in args.fixed:
@@ -102,44 +123,52 @@ def main() -> None:
         for mode in modes:  # warm up: first use of a shape
             run(mode, batch, SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True))
         recordings: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
+        # in a rollout requests end one after the other
+        sizes = [size for size in (1, 2, 4, 8, 16) if size < batch] * isinstance(params, list) + [batch]
+        calibrations: dict[int, list[list[StepObservation]]] = {size: [] for size in sizes}
         for _ in range(args.rounds):
             for mode in modes:
                 recordings[mode].append(run(mode, batch, params))
+            if args.interleave:
+                for size in sizes:
+                    calibrations[size].append(run_batch(core, size, sorted({1, *args.fixed, longest})))
+        points = [point for size, made in calibrations.items() for point in points_of(made, size)]
+        profiles = {"at the start": profile, **({"between the rounds": CostModel.fit(points)} if points else {})}
         rates = {mode: [tokens_per_second(recording) for recording in made] for mode, made in recordings.items()}
         ratios = {m: statistics.median(a / b for a, b in zip(r, rates["off"], strict=True)) for m, r in rates.items()}
         text = {m: f"{statistics.median(rates[m]):.1f} tok/s {ratio:.2f}x" for m, ratio in ratios.items()}
-        print(label, text, flush=True)
         acceptance = statistics.mean(modes[f"fixed {max(args.fixed)}"].acceptance.rates())
-        errors = {
-            mode: statistics.median(predict_recorded({**r, "acceptance": acceptance}, profile)["error"] for r in made)
-            for mode, made in recordings.items()
-        }
-        print(f"  acceptance {acceptance:.3f}; simulated makespan against measured:", flush=True)
-        print("  " + ", ".join(f"{mode} {error:+.1%}" for mode, error in errors.items()), flush=True)
-        step_errors = {
-            m: statistics.median(error_of_steps(r["steps"], profile) for r in made) for m, made in recordings.items()
-        }
-        print("  profile alone, over the steps that were taken:", flush=True)
-        print("  " + ", ".join(f"{mode} {error:+.1%}" for mode, error in step_errors.items()), flush=True)
+        print(label, text, f"acceptance {acceptance:.3f}", flush=True)
+        errors: dict[str, dict[str, dict[str, float]]] = {}
+        for name, times in profiles.items():
+            errors[name] = {
+                "makespan": {
+                    mode: statistics.median(
+                        error_of_makespan({**recording, "acceptance": acceptance}, times) for recording in made
+                    )
+                    for mode, made in recordings.items()
+                },
+                "steps": {
+                    mode: statistics.median(error_of_steps(r["steps"], times) for r in made)
+                    for mode, made in recordings.items()
+                },
+            }
+            for what, by_mode in errors[name].items():
+                said = ", ".join(f"{mode} {error:+.1%}" for mode, error in by_mode.items())
+                print(f"  predicted by the profile measured {name}, {what}: {said}", flush=True)
         return {
             "label": label,
             "batch": batch,
             "tokens_per_second": rates,
             "ratio_to_off": ratios,
             "acceptance": acceptance,
-            "error_of_simulated_makespan": errors,
-            "error_of_step_times": step_errors,
+            "errors": errors,
         }
 
     params = SamplingParams(temperature=1.0, max_tokens=args.tokens, ignore_eos=True)
     results = [compare(f"B={batch}", batch, params) for batch in args.batches]
-    # The same long-tailed lengths for every mode: the end of a rollout is one request, and a longer one takes longer.
-    dice = random.Random(0)
-    lengths = [
-        min(args.rollout_tokens, round(dice.lognormvariate(math.log(args.rollout_tokens / 4), 0.8))) for _ in range(16)
-    ]
-    rollout = [SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=True) for length in lengths]
-    results.append(compare(f"rollout of 16, {min(lengths)} to {max(lengths)} tokens", 16, rollout))
+    if args.rollout_tokens:
+        results.append(compare(*long_tailed_rollout(args.rollout_tokens)))
     chosen = {str(k): v for k, v in sorted(adaptive.draft_lengths.items())}
     record = {"results": results, "adaptive_draft_lengths": chosen, "arguments": vars(args), **provenance()}
     with open(args.out, "w") as out:

@@ -37,7 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_selfspec.models import demo_checkpoint
 from vllm_selfspec.rollout import PoolReport, RolloutPool, Sample, SampleWriter
 
-SPECULATIVE = '{"method": "selfspec", "num_speculative_tokens": 3, "control": {"mode": "fixed"}}'
+SPECULATIVE = '{"method": "selfspec"}'
 CLIP = 0.2
 MICRO_BATCH = 16  # samples per forward pass of the trainer; one optimizer step takes them all
 

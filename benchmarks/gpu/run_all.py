@@ -484,15 +484,14 @@ def sweep_job(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_steps(core: Any, batch: int, seq: int, gamma: int) -> list[dict[str, float]]:
-    """Steps of `batch` requests with contexts of about `seq` tokens: plain, drafting, verifying, in turn."""
+    """Steps of `batch` requests with contexts of about `seq` tokens: plain, drafting, verifying, in turn.
+
+    The contexts are not computed, which would take most of the sweep's time and change no step's.
+    """
     from vllm_selfspec.live_profile import synthetic_requests
 
     plan = [0, 0, gamma, 0] * REPETITIONS
-    with synthetic_requests(core, batch, seq, len(plan) * (gamma + 2)) as (step, observations):
-        while core.scheduler.waiting or not all(
-            request.num_computed_tokens >= request.num_prompt_tokens for request in core.scheduler.running
-        ):
-            step(0)
+    with synthetic_requests(core, batch, seq, len(plan) * (gamma + 2), computed=True) as (step, observations):
         for length in [0, 0, *plan]:
             step(length)
     return [
