@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -35,6 +34,8 @@ from vllm_selfspec.config import ConfigError, SelfSpecConfig
 from vllm_selfspec.control.cost_model import Component, CostModel, Point, ProfileIdentity, check_profile
 from vllm_selfspec.control.policy import StepObservation
 from vllm_selfspec.drafter.cpu_kernels import library_in_use
+from vllm_selfspec.models import cache_dir
+from vllm_selfspec.provenance import cpu_fact
 
 logger = init_logger("vllm.selfspec")
 
@@ -91,7 +92,7 @@ def profile_identity(config: VllmConfig, settings: SelfSpecConfig) -> ProfileIde
     """Everything on which measured times depend."""
     model, parallel = config.model_config, config.parallel_config
     if current_platform.is_cpu():
-        hardware = f"{_cpu_name()} x{torch.get_num_threads()}"
+        hardware = f"{cpu_fact('model name')} x{torch.get_num_threads()}"
     else:
         hardware = f"{current_platform.get_device_name()} x{parallel.tensor_parallel_size}"
     eager = " eager" if model.enforce_eager else ""
@@ -108,17 +109,8 @@ def profile_identity(config: VllmConfig, settings: SelfSpecConfig) -> ProfileIde
 
 def cache_path(identity: ProfileIdentity) -> Path:
     """Where the measured profile of `identity` is kept."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
-    return root / "vllm-selfspec" / "profiles" / f"{key}.json"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return cache_dir() / "profiles" / f"{key}.json"
 
 
 def measure(core: Any, settings: SelfSpecConfig, identity: ProfileIdentity) -> CostModel | None:

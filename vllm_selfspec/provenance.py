@@ -56,7 +56,7 @@ def _versions() -> dict[str, str]:
 
 def _hardware() -> dict[str, Any]:
     hardware: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_fact("model name"),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": _gpus(),
@@ -64,11 +64,12 @@ def _hardware() -> dict[str, Any]:
     return hardware
 
 
-def _cpu_name() -> str:
+def cpu_fact(name: str) -> str:
+    """What Linux says of the first core under `name`, such as "model name" or "flags"; elsewhere what Python knows."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(name):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 

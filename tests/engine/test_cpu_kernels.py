@@ -116,6 +116,38 @@ def test_refresh_keeps_the_buffers(kind: type) -> None:
     assert torch.equal(linear.apply(x, None), kind(fresh).apply(x, None))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_are_quantized_to_the_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """As with torch's operators, rounding halves to even."""
+    weight = weight_of(shape, dtype)
+    weight[3] = 0.0
+    weight[4, :8] = torch.tensor([1.0, -1.0, 0.5, -0.5, 127.0, -127.0, 1.5, 2.5])
+    wide = weight.float()
+
+    values, scale = RowsInt8Linear(weight)._tensors
+    expected = (wide.abs().amax(dim=1) / 127).clamp(min=1e-12)
+    assert torch.equal(scale, expected)
+    assert torch.equal(values[:, : shape[1]], (wide / expected[:, None]).round().to(torch.int8))
+    assert not values[:, shape[1] :].any()
+
+    packed, scale_and_min = RowsInt4Linear(weight)._tensors
+    groups = torch.nn.functional.pad(wide, (0, -shape[1] % 64)).unflatten(1, (-1, 64))
+    low, high = groups.aminmax(dim=-1)
+    scale, low = ((high - low) / 15).clamp(min=1e-8).bfloat16(), low.bfloat16()
+    assert torch.equal(scale_and_min, torch.stack((scale, low), dim=-1))
+    expected = ((groups - low.float()[..., None]) / scale.float()[..., None]).round().clamp(0, 15).to(torch.uint8)
+    assert torch.equal(packed.unflatten(1, (-1, 32)), expected[..., :32] | (expected[..., 32:] << 4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_refresh_refuses_another_shape(kind: type) -> None:
+    linear = kind(weight_of((64, 128)))
+    for shape in ((65, 128), (64, 1000)):
+        with pytest.raises(RuntimeError, match="another shape"):
+            linear.refresh(weight_of(shape))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles(kind: type) -> None:
     linear = kind(weight_of((64, 128)))

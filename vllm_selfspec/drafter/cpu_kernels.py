@@ -20,6 +20,9 @@ from torch.utils import cpp_extension
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vllm_selfspec.models import cache_dir
+from vllm_selfspec.provenance import cpu_fact
+
 logger = init_logger("vllm.selfspec")
 
 SOURCE = Path(__file__).parent / "csrc" / "cpu_rows.cpp"
@@ -76,17 +79,16 @@ def _fake(x: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor | None) -> 
 
 def library_path() -> Path:
     """Where the library of this source, torch and CPU is kept."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parts = (
         SOURCE.read_text(),
         " ".join(COMPILE + LINK),
         torch.__version__,
         _compiler(),
         platform.machine(),
-        _cpu_flags(),
+        cpu_fact("flags"),  # what -march=native depends on
     )
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    return root / "vllm-selfspec" / "kernels" / f"cpu_rows-{key}.so"
+    return cache_dir() / "kernels" / f"cpu_rows-{key}.so"
 
 
 def build(path: Path) -> None:
@@ -107,12 +109,3 @@ def build(path: Path) -> None:
 
 def _compiler() -> str:
     return os.environ.get("CXX", "g++")
-
-
-def _cpu_flags() -> str:
-    """What `-march=native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith("flags")), "")

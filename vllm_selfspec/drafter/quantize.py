@@ -45,13 +45,12 @@ class QuantizedLinear(ABC):
         return self
 
 
-def int4_groups(weight: torch.Tensor, dtype: torch.dtype, middle: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize groups of 64 inputs to four bits; a value is (q - middle) * scale + zero.
+def int4_groups(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize groups of 64 inputs to four bits; a value is (q - 8) * scale + zero.
 
     Args:
         weight: [N, K], K a multiple of 64.
         dtype: of scales and zeros; q is chosen for them as they are rounded.
-        middle: the q that stands for zero.
 
     Returns:
         q as uint8 [N, G, 64], 0 to 15; scales and zeros [N, G, 2].
@@ -59,8 +58,8 @@ def int4_groups(weight: torch.Tensor, dtype: torch.dtype, middle: int) -> tuple[
     groups = weight.float().unflatten(1, (-1, INT4_GROUP))
     low, high = groups.aminmax(dim=-1)
     scale = ((high - low) / 15).clamp_(min=1e-8).to(dtype)
-    zero = (low + middle * scale.float()).to(dtype)
-    quantized = ((groups - zero.float()[..., None]) / scale.float()[..., None] + middle).round_().clamp_(0, 15)
+    zero = (low + 8 * scale.float()).to(dtype)
+    quantized = ((groups - zero.float()[..., None]) / scale.float()[..., None] + 8).round_().clamp_(0, 15)
     return quantized.to(torch.uint8), torch.stack((scale, zero), dim=-1)
 
 
@@ -119,7 +118,7 @@ class CpuInt4Linear(QuantizedLinear):
     @staticmethod
     def _pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Packed weight and [K / group, N, 2] scales and zeros; a value is (q - 8) * scale + zero."""
-        quantized, scale_and_zero = int4_groups(weight, weight.dtype, middle=8)
+        quantized, scale_and_zero = int4_groups(weight, weight.dtype)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(quantized.reshape(weight.shape).int(), 1)
         return packed, scale_and_zero.transpose(0, 1).contiguous()
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import pad
 
 from vllm_selfspec.drafter.cpu_kernels import load
-from vllm_selfspec.drafter.quantize import INT4_GROUP, QuantizedLinear, int4_groups
+from vllm_selfspec.drafter.quantize import INT4_GROUP, QuantizedLinear
 
 _PADDING = 64
 """The kernels read whole blocks of so many inputs."""
@@ -17,10 +16,12 @@ class RowsLinear(QuantizedLinear):
 
     def __init__(self, weight: torch.Tensor) -> None:
         load()
-        self._tensors = self._quantize(weight)
+        self._tensors = self._room(*weight.shape)
+        self.refresh(weight)
 
     @staticmethod
-    def _quantize(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _room(outputs: int, inputs: int) -> tuple[torch.Tensor, ...]:
+        """The tensors of a weight [outputs, inputs], zeros."""
         raise NotImplementedError
 
     @staticmethod
@@ -28,8 +29,7 @@ class RowsLinear(QuantizedLinear):
         raise NotImplementedError
 
     def refresh(self, weight: torch.Tensor) -> None:
-        for buffer, fresh in zip(self._tensors, self._quantize(weight), strict=True):
-            buffer.copy_(fresh)
+        raise NotImplementedError
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         out = self._product(x.reshape(-1, x.shape[-1]), self._tensors, bias)
@@ -44,11 +44,16 @@ class RowsInt8Linear(RowsLinear):
     """Symmetric int8 per output channel, activations quantized per token."""
 
     @staticmethod
-    def _quantize(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _room(outputs: int, inputs: int) -> tuple[torch.Tensor, ...]:
         """int8 [N, K padded with zeros], float32 scales [N]."""
-        scale = (weight.abs().amax(dim=1).float() / 127).clamp_(min=1e-12)
-        quantized = (weight.float() / scale[:, None]).round_().to(torch.int8)
-        return pad(quantized, (0, -weight.shape[1] % _PADDING)).contiguous(), scale
+        padded = inputs + -inputs % _PADDING
+        return (
+            torch.zeros(outputs, padded, dtype=torch.int8, device="cpu"),
+            torch.zeros(outputs, dtype=torch.float32, device="cpu"),
+        )
+
+    def refresh(self, weight: torch.Tensor) -> None:
+        torch.ops.selfspec_cpu.quantize_int8(weight, *self._tensors)
 
     @staticmethod
     def _product(rows: torch.Tensor, tensors: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> torch.Tensor:
@@ -60,12 +65,16 @@ class RowsInt4Linear(RowsLinear):
     """Asymmetric int4 in groups of 64 inputs, activations quantized to int8 per token and group."""
 
     @staticmethod
-    def _quantize(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _room(outputs: int, inputs: int) -> tuple[torch.Tensor, ...]:
         """uint8 [N, 32 G], a group's first 32 inputs in the low half bytes; bfloat16 scales and minima [N, G, 2]."""
-        padded = pad(weight, (0, -weight.shape[1] % INT4_GROUP))
-        values, scale_and_min = int4_groups(padded, torch.bfloat16, middle=0)
-        low, high = values.chunk(2, dim=-1)
-        return (low | (high << 4)).flatten(1), scale_and_min
+        groups = -(-inputs // INT4_GROUP)
+        return (
+            torch.zeros(outputs, groups * INT4_GROUP // 2, dtype=torch.uint8, device="cpu"),
+            torch.zeros(outputs, groups, 2, dtype=torch.bfloat16, device="cpu"),
+        )
+
+    def refresh(self, weight: torch.Tensor) -> None:
+        torch.ops.selfspec_cpu.quantize_int4(weight, *self._tensors)
 
     @staticmethod
     def _product(rows: torch.Tensor, tensors: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> torch.Tensor:

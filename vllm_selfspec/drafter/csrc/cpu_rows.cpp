@@ -7,6 +7,9 @@
 //   int4_linear   weights 4 bits in groups of 64 inputs with scale and minimum, activations int8 per row and group
 //
 // x is [M, K] float32, bfloat16 or float16; bias [N] of x's type or absent; the result [M, N] of x's type.
+//
+//   quantize_int8, quantize_int4   fill these weights from [N, K] float32, bfloat16 or float16, reading it once: a drafter
+//                                  follows every update of its target
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -46,6 +49,20 @@ inline int sum8(__m256i v) {
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
 }
 
+inline __m256 abs8(__m256 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+
+inline float max8(__m256 v) {
+  alignas(32) float each[8];
+  _mm256_store_ps(each, v);
+  return *std::max_element(each, each + 8);
+}
+
+// Four times eight int32 as 32 bytes. Packing works on halves of a vector: the permutation puts the bytes in order.
+inline __m256i bytes32(const __m256i q[4]) {
+  const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+  return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
 inline __m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 // Sums of four products each of unsigned and signed bytes, as eight int32. Callers keep |u * s| below 2^14, so that the
@@ -81,11 +98,8 @@ struct QuantizedRows {
       for (int64_t g = 0; g < groups; ++g) {
         const float* part = wide.data() + g * group;
         __m256 most8 = _mm256_setzero_ps();
-        for (int64_t i = 0; i < group; i += 8)
-          most8 = _mm256_max_ps(most8, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), _mm256_loadu_ps(part + i)));
-        alignas(32) float largest[8];
-        _mm256_store_ps(largest, most8);
-        const float most = *std::max_element(largest, largest + 8);
+        for (int64_t i = 0; i < group; i += 8) most8 = _mm256_max_ps(most8, abs8(_mm256_loadu_ps(part + i)));
+        const float most = max8(most8);
         const float scale = most / 127.0f, inverse = most > 0.0f ? 127.0f / most : 0.0f;
         int8_t* out = values.data() + m * padded + g * group;
         __m256i total8 = _mm256_setzero_si256();
@@ -95,10 +109,7 @@ struct QuantizedRows {
             q[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(part + i + 8 * j), _mm256_set1_ps(inverse)));
             total8 = _mm256_add_epi32(total8, q[j]);
           }
-          // packing works on halves of a vector: the permutation puts the bytes back in order
-          const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
-          const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_permutevar8x32_epi32(packed, order));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bytes32(q));
         }
         const int total = sum8(total8);
         scales[m * groups + g] = scale;
@@ -303,6 +314,17 @@ inline void dispatch_tile(bool wide, int64_t rows, F f) {
   return f.template operator()<1, 1>();
 }
 
+// Calls f with the C++ type of a tensor's values.
+template <typename F>
+void for_type(const at::Tensor& tensor, F f) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: f.template operator()<float>(); break;
+    case at::kBFloat16: f.template operator()<at::BFloat16>(); break;
+    case at::kHalf: f.template operator()<at::Half>(); break;
+    default: TORCH_CHECK(false, "x and weights must be float32, bfloat16 or float16");
+  }
+}
+
 template <typename F>
 at::Tensor with_output(const at::Tensor& input, const std::optional<at::Tensor>& bias, int64_t outputs, F f) {
   TORCH_CHECK(input.dim() == 2, "x must be [M, K]");
@@ -311,16 +333,10 @@ at::Tensor with_output(const at::Tensor& input, const std::optional<at::Tensor>&
   if (bias.has_value())
     TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->numel() == outputs && bias->is_contiguous(),
                 "bias must be [N] of x's dtype");
-  const auto run = [&]<typename T>() {
+  for_type(x, [&]<typename T>() {
     const T* b = bias.has_value() ? bias->const_data_ptr<T>() : nullptr;
     f(x.const_data_ptr<T>(), out.mutable_data_ptr<T>(), b, x.size(0), x.size(1));
-  };
-  switch (x.scalar_type()) {
-    case at::kFloat: run.template operator()<float>(); break;
-    case at::kBFloat16: run.template operator()<at::BFloat16>(); break;
-    case at::kHalf: run.template operator()<at::Half>(); break;
-    default: TORCH_CHECK(false, "x must be float32, bfloat16 or float16");
-  }
+  });
   return out;
 }
 
@@ -446,16 +462,95 @@ at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& weight, const at::
   });
 }
 
+// --- quantizing weights -------------------------------------------------------------------------------------------------
+
+// One row to int8: the scale is 1/127 of the largest, at least 1e-12. Divided, not multiplied by the inverse, and halves
+// rounded to even: the same values as torch's operators give.
+template <typename W>
+float int8_row(const W* w, int64_t count, int8_t* out) {
+  __m256 most8 = _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) most8 = _mm256_max_ps(most8, abs8(load8(w + i)));
+  float most = max8(most8);
+  for (; i < count; ++i) most = std::max(most, std::abs(static_cast<float>(w[i])));
+  const float scale = std::max(most / 127.0f, 1e-12f);
+  for (i = 0; i + 32 <= count; i += 32) {
+    __m256i q[4];
+    for (int j = 0; j < 4; ++j) q[j] = _mm256_cvtps_epi32(_mm256_div_ps(load8(w + i + 8 * j), _mm256_set1_ps(scale)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bytes32(q));
+  }
+  for (; i < count; ++i) out[i] = static_cast<int8_t>(std::nearbyint(static_cast<float>(w[i]) / scale));
+  return scale;
+}
+
+void quantize_int8(const at::Tensor& weight, at::Tensor out, at::Tensor scale) {
+  const at::Tensor source = weight.contiguous();
+  const int64_t outputs = source.size(0), inputs = source.size(1), padded = out.size(1);
+  TORCH_CHECK(out.size(0) == outputs && padded >= inputs && scale.numel() == outputs, "the weight has another shape");
+  float* scales = scale.data_ptr<float>();
+  int8_t* values = out.data_ptr<int8_t>();
+  for_type(source, [&]<typename W>() {
+    const W* w = source.const_data_ptr<W>();
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < outputs; ++n) scales[n] = int8_row(w + n * inputs, inputs, values + n * padded);
+  });
+}
+
+// One group to 4 bits: the first half in the low half bytes. Scale and minimum are rounded to bfloat16 before use.
+void int4_group(const float* w, uint8_t* out, at::BFloat16* scale_and_min) {
+  __m256 low8 = _mm256_loadu_ps(w), high8 = low8;
+  for (int64_t i = 8; i < kGroup; i += 8) {
+    low8 = _mm256_min_ps(low8, _mm256_loadu_ps(w + i));
+    high8 = _mm256_max_ps(high8, _mm256_loadu_ps(w + i));
+  }
+  const float low = -max8(_mm256_sub_ps(_mm256_setzero_ps(), low8)), high = max8(high8);
+  scale_and_min[0] = std::max((high - low) / 15.0f, 1e-8f);
+  scale_and_min[1] = low;
+  const __m256 scale = _mm256_set1_ps(scale_and_min[0]), minimum = _mm256_set1_ps(scale_and_min[1]);
+  __m256i q[8];
+  for (int64_t i = 0; i < 8; ++i) {
+    const __m256 value = _mm256_div_ps(_mm256_sub_ps(_mm256_loadu_ps(w + 8 * i), minimum), scale);
+    q[i] = _mm256_min_epi32(_mm256_max_epi32(_mm256_cvtps_epi32(value), _mm256_setzero_si256()), _mm256_set1_epi32(15));
+  }
+  const __m256i both = _mm256_or_si256(bytes32(q), _mm256_slli_epi16(bytes32(q + 4), 4));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), both);
+}
+
+void quantize_int4(const at::Tensor& weight, at::Tensor out, at::Tensor scale_and_min) {
+  const at::Tensor source = weight.contiguous();
+  const int64_t outputs = source.size(0), inputs = source.size(1), groups = scale_and_min.size(1);
+  TORCH_CHECK(out.size(0) == outputs && (inputs + kGroup - 1) / kGroup == groups, "the weight has another shape");
+  at::BFloat16* scales = scale_and_min.data_ptr<at::BFloat16>();
+  uint8_t* values = out.data_ptr<uint8_t>();
+  for_type(source, [&]<typename W>() {
+    const W* w = source.const_data_ptr<W>();
+#pragma omp parallel
+    {
+      std::vector<float> wide(groups * kGroup, 0.0f);
+#pragma omp for schedule(static)
+      for (int64_t n = 0; n < outputs; ++n) {
+        widen(w + n * inputs, wide.data(), inputs);
+        for (int64_t g = n * groups; g < (n + 1) * groups; ++g)
+          int4_group(wide.data() + (g - n * groups) * kGroup, values + g * kGroup / 2, scales + 2 * g);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY(selfspec_cpu, library) {
   library.def("rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def("int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   library.def("int4_linear(Tensor x, Tensor weight, Tensor scale_and_min, Tensor? bias) -> Tensor");
+  library.def("quantize_int8(Tensor weight, Tensor(a!) out, Tensor(b!) scale) -> ()");
+  library.def("quantize_int4(Tensor weight, Tensor(a!) out, Tensor(b!) scale_and_min) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(selfspec_cpu, CPU, library) {
   library.impl("rows_linear", rows_linear);
   library.impl("int8_linear", int8_linear);
   library.impl("int4_linear", int4_linear);
+  library.impl("quantize_int8", quantize_int8);
+  library.impl("quantize_int4", quantize_int4);
 }
