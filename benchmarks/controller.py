@@ -124,7 +124,7 @@ def main() -> None:
             run(mode, batch, SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True))
         recordings: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
         # in a rollout requests end one after the other
-        sizes = [size for size in (1, 2, 4, 8, 16) if size < batch] * isinstance(params, list) + [batch]
+        sizes = [1, 2, 4, 8, 16] if isinstance(params, list) else [batch]
         calibrations: dict[int, list[list[StepObservation]]] = {size: [] for size in sizes}
         for _ in range(args.rounds):
             for mode in modes:
@@ -133,7 +133,9 @@ def main() -> None:
                 for size in sizes:
                     calibrations[size].append(run_batch(core, size, sorted({1, *args.fixed, longest})))
         points = [point for size, made in calibrations.items() for point in points_of(made, size)]
-        profiles = {"at the start": profile, **({"between the rounds": CostModel.fit(points)} if points else {})}
+        profiles = {"at the start": profile}
+        if points:
+            profiles["between the rounds"] = CostModel.fit(points)
         rates = {mode: [tokens_per_second(recording) for recording in made] for mode, made in recordings.items()}
         ratios = {m: statistics.median(a / b for a, b in zip(r, rates["off"], strict=True)) for m, r in rates.items()}
         text = {m: f"{statistics.median(rates[m]):.1f} tok/s {ratio:.2f}x" for m, ratio in ratios.items()}
@@ -141,18 +143,11 @@ def main() -> None:
         print(label, text, f"acceptance {acceptance:.3f}", flush=True)
         errors: dict[str, dict[str, dict[str, float]]] = {}
         for name, times in profiles.items():
-            errors[name] = {
-                "makespan": {
-                    mode: statistics.median(
-                        error_of_makespan({**recording, "acceptance": acceptance}, times) for recording in made
-                    )
-                    for mode, made in recordings.items()
-                },
-                "steps": {
-                    mode: statistics.median(error_of_steps(r["steps"], times) for r in made)
-                    for mode, made in recordings.items()
-                },
-            }
+            errors[name] = {"makespan": {}, "steps": {}}
+            for mode, made in recordings.items():
+                makespans = [error_of_makespan({**r, "acceptance": acceptance}, times) for r in made]
+                errors[name]["makespan"][mode] = statistics.median(makespans)
+                errors[name]["steps"][mode] = statistics.median(error_of_steps(r["steps"], times) for r in made)
             for what, by_mode in errors[name].items():
                 said = ", ".join(f"{mode} {error:+.1%}" for mode, error in by_mode.items())
                 print(f"  predicted by the profile measured {name}, {what}: {said}", flush=True)

@@ -176,7 +176,7 @@ def run_batch(core: Any, batch: int, lengths: Sequence[int], far: bool = False) 
     if far:
         free = core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() // batch
         slots = free * core.vllm_config.cache_config.block_size
-        short, prompt = prompt, min(LONG_CONTEXT, min(room, slots - core.scheduler.num_lookahead_tokens) - needed)
+        short, prompt = prompt, min(LONG_CONTEXT, room - needed, slots - needed - core.scheduler.num_lookahead_tokens)
         if prompt < 4 * short:
             return []
     with synthetic_requests(core, batch, prompt, min(needed, room - prompt), computed=far) as (step, observations):
@@ -194,7 +194,7 @@ def synthetic_requests(
 
     Args:
         computed: take all of each prompt but its last token as computed, whatever the KV cache holds there: a step's
-            time does not depend on it. The caller sees to it that the KV cache has room, and resets the prefix cache.
+            time does not depend on it. The caller resets the prefix cache.
 
     Yields:
         a function that runs one step of the engine, which drafts as many tokens as it is told, and the list to which
@@ -216,11 +216,9 @@ def synthetic_requests(
             data_parallel_rank=None,
         )
         core.add_request(*core.preprocess_add_request(request))
-        if computed and prompt_tokens > 1:
-            # As after a transfer from another engine (`WAITING_FOR_REMOTE_KVS` in vLLM's scheduler).
-            waiting = core.scheduler.requests[name]
-            core.scheduler.kv_cache_manager.allocate_slots(waiting, prompt_tokens - 1, delay_cache_blocks=True)
-            waiting.num_computed_tokens = prompt_tokens - 1
+        if computed:
+            # As after a transfer from another engine; the scheduler still allocates the blocks.
+            core.scheduler.requests[name].num_computed_tokens = prompt_tokens - 1
     observations: list[StepObservation] = []
     with core.scheduler.dictated(observations) as dictate:
 

@@ -99,10 +99,8 @@ def test_long_contexts_are_measured_without_computing_them(tiny: Callable[..., s
             assert all(least < step.mean_context < room for step in steps)
             assert {step.num_drafted for step in steps} == {0, 1, 3}
 
-        identity = live_profile.profile_identity(
-            llm.llm_engine.vllm_config, llm.llm_engine.vllm_config.speculative_config.selfspec
-        )
-        model = measure(core, llm.llm_engine.vllm_config.speculative_config.selfspec, identity)
+        settings = core.vllm_config.speculative_config.selfspec
+        model = measure(core, settings, live_profile.profile_identity(core.vllm_config, settings))
         assert model is not None
         contexts = {
             batch: [p.seq for p in model.points if p.batch == batch and p.component == "target"] for batch in (1, 2, 4)
