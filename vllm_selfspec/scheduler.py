@@ -6,6 +6,7 @@ step, so that asynchronous scheduling reserves as many placeholders as will be d
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
@@ -240,7 +241,35 @@ class SelfSpecScheduling(Scheduler):
 
 
 class SelfSpecScheduler(SelfSpecScheduling):
-    """vLLM's scheduler with controlled draft lengths."""
+    """vLLM's scheduler with controlled draft lengths.
+
+    vLLM drops a draft that breaks a request's grammar before it is verified. The token in its place would then be drawn
+    from p, where that of a rejected draft comes from the residual max(p - q, 0): only so is p what comes out. So the
+    first such draft is kept here, as under asynchronous scheduling, and rejected by the rejection sampler: the grammar
+    gives it no probability.
+    """
+
+    def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
+        super().update_draft_token_ids(draft_token_ids)
+        for request_id, drafts in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
+            request = self.requests.get(request_id)
+            if request is not None and request.use_structured_output and not request.is_prefill_chunk:
+                request.spec_token_ids = drafts[: len(request.spec_token_ids) + 1]
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        if scheduler_output.has_structured_output_requests:
+            # Masks end with the first draft that breaks the grammar: -1 says so.
+            scheduler_output = copy.copy(scheduler_output)
+            scheduler_output.scheduled_spec_decode_tokens = {
+                request_id: self._within_grammar(request_id, drafts)
+                for request_id, drafts in scheduler_output.scheduled_spec_decode_tokens.items()
+            }
+        return super().get_grammar_bitmask(scheduler_output)
+
+    def _within_grammar(self, request_id: str, drafts: list[int]) -> list[int]:
+        """The drafts that the request's grammar allows, then -1."""
+        allowed = self.structured_output_manager.validate_tokens(self.requests[request_id], drafts)
+        return allowed + [-1] * (len(drafts) - len(allowed))
 
 
 class SelfSpecAsyncScheduler(SelfSpecScheduling, AsyncScheduler):

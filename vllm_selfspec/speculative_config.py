@@ -93,10 +93,11 @@ def check_engine(settings: SelfSpecConfig, model: ModelConfig, parallel: Paralle
             f"pipeline_parallel_size is {parallel.pipeline_parallel_size}: selfspec needs all layers in one stage, "
             "use tensor parallelism instead."
         )
-    if parallel.data_parallel_size > 1 and settings.control.mode == "adaptive":
+    if parallel.data_parallel_size > 1 and settings.control.mode == "adaptive" and model.is_moe:
+        # The ranks of a dense model are engines of their own; those of a mixture run every layer together.
         raise ConfigError(
-            "data_parallel_size > 1 with control.mode 'adaptive' would let ranks choose different draft lengths: "
-            "set control.mode to 'fixed', or start one engine per rank."
+            "data_parallel_size > 1 with control.mode 'adaptive' would let the ranks of a mixture of experts choose "
+            "different draft lengths: set control.mode to 'fixed', or start one engine per rank."
         )
     one_scheduler_per_rank = parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1
     if one_scheduler_per_rank and settings.control.mode == "adaptive":

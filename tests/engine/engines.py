@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import httpx
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.sampling_params import RequestOutputKind
@@ -54,6 +61,33 @@ def engine(model: str, selfspec: dict[str, Any] | None = None, **arguments: Any)
         del llm
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+@contextmanager
+def server(model: str, log: Path, *flags: str) -> Iterator[str]:
+    """vLLM's OpenAI-compatible server of a tiny checkpoint in a process of its own; yields its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    usual = f"--port {port} --skip-tokenizer-init --enforce-eager --dtype float32 --max-model-len 128 --block-size 32"
+    usual += " --kv-cache-memory-bytes 67108864 --served-model-name tiny"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *usual.split(), *flags]
+    # Some routes, those of a weight update among them, belong to vLLM's development mode.
+    env = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        while True:
+            assert process.poll() is None, log.read_text()[-4000:]
+            with suppress(httpx.TransportError):
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def scheduler_of(llm: LLM) -> Any:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engines import engine, random_lengths, watch
 from scipy import stats
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_selfspec.drafter import proposer
 
@@ -78,11 +81,14 @@ def shaped(logits: torch.Tensor, temperature: float, top_k: int = VOCABULARY, to
 
 
 @torch.inference_mode()
-def exact(model: PreTrainedModel, setting: dict[str, Any]) -> torch.Tensor:
-    """[V, V, V, V] probability of every answer of four tokens."""
+def exact(model: PreTrainedModel, setting: dict[str, Any], allowed: Sequence[Sequence[int]] = ()) -> torch.Tensor:
+    """[V, V, V, V] probability of every answer of four tokens, each of those that are `allowed` at its place."""
     prefixes = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=LENGTH - 1)))
     inputs = torch.cat([torch.tensor(PROMPT).expand(len(prefixes), -1), prefixes], dim=1)
     logits = model(inputs).logits[:, len(PROMPT) - 1 :]
+    for place, tokens in enumerate(allowed):
+        forbidden = [token for token in range(VOCABULARY) if token not in tokens]
+        logits[:, place, forbidden] = -torch.inf
     step = shaped(logits, **setting)  # [V**3, 4, V]
     joint = step[:, LENGTH - 1]
     for position in range(LENGTH - 1):
@@ -171,6 +177,27 @@ def test_seeds_repeat(drafting: LLM) -> None:
     assert run(5) == first
     assert len(set(first)) == 20
     assert not set(first) & set(run(6000))
+
+
+def test_distribution_under_a_grammar(checkpoint: str, target: PreTrainedModel, tmp_path: Path) -> None:
+    """The drafter knows no grammar: where a draft breaks it, the token there comes from the residual, not from p."""
+    letters = "abcdefghijklmnop"
+    backend = Tokenizer(models.WordLevel({letter: token for token, letter in enumerate(letters)}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="p").save_pretrained(tmp_path)
+    pattern, allowed = "", []
+    for place in range(LENGTH):
+        allowed.append([token for token in range(VOCABULARY - 1) if (token + place) % 3])
+        pattern += "[" + "".join(letters[token] for token in allowed[-1]) + "]"
+    drafter = {"num_speculative_tokens": 5, "drafter": DRAFTERS["exit"], "control": {"mode": "fixed"}}
+    sizes = {"max_num_seqs": 256, "max_model_len": 32, "num_gpu_blocks_override": 600}
+    tokenizer = {"skip_tokenizer_init": False, "tokenizer": str(tmp_path)}
+    with engine(checkpoint, drafter, **sizes, **tokenizer) as llm:
+        seen = watch(llm, lambda: LENGTH - 1)
+        grammar = {"structured_outputs": StructuredOutputsParams(regex=pattern)}
+        (answers,) = sample(llm, [SETTINGS["temperature 1"] | grammar], 12_000)
+    assert p_value(answers, exact(target, SETTINGS["temperature 1"], allowed)) > SIGNIFICANCE
+    assert 0.2 < seen.acceptance < 0.9
 
 
 def test_logprobs_are_the_targets(drafting: LLM, target: PreTrainedModel) -> None:

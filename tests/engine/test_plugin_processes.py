@@ -6,15 +6,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
-from engines import engine, generate, greedy, random_prompt
+from engines import engine, generate, greedy, random_prompt, server
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_selfspec import plugin
@@ -40,10 +43,13 @@ def main():
     asked = json.loads(sys.argv[1])
     llm = LLM(dtype="float32", enforce_eager=True, skip_tokenizer_init=True, generation_config="vllm", block_size=32,
               max_model_len=256, num_gpu_blocks_override=64, disable_log_stats=False, **asked["arguments"])
-    params = SamplingParams(temperature=0.0, max_tokens=40)
-    output = llm.generate([{"prompt_token_ids": asked["prompt"]}], params, use_tqdm=False)[0]
+    prompt = {"prompt_token_ids": asked["prompt"]}
+    sampling = [SamplingParams(temperature=t, max_tokens=40) for t in asked.get("temperatures", [0.0])]
+    output = llm.generate([prompt] * len(sampling), sampling, use_tqdm=False)[0]
     told = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-    told = {"tokens": output.outputs[0].token_ids, "accepted": told.get("vllm:spec_decode_num_accepted_tokens", 0)}
+    counters = {"accepted": "vllm:spec_decode_num_accepted_tokens", "drafted": "vllm:spec_decode_num_draft_tokens"}
+    told = {name: told.get(counter, 0) for name, counter in counters.items()}
+    told["tokens"] = output.outputs[0].token_ids
     if asked.get("seams"):
         from vllm.v1.worker.gpu_worker import Worker
         from vllm_selfspec import plugin
@@ -115,6 +121,35 @@ def test_a_spawned_adaptive_engine_core_times_itself(
     assert {point.batch for point in CostModel.from_profile(profile).points} == {1, 2}
 
 
+def test_ranks_of_tensor_parallelism_draft_the_same(tmp_path: Path, tiny: Callable[..., str], plain: list[int]) -> None:
+    """Each rank samples the drafts by itself; were one to draw another token, hardly a draft would be accepted."""
+    arguments = {"model": tiny("llama"), "speculative_config": SETTINGS, "tensor_parallel_size": 2}
+    arguments |= {"distributed_executor_backend": "mp"}
+    told = run_engine(tmp_path, {"arguments": arguments, "temperatures": [0.0, 1.0, 1.0]})
+    assert told["accepted"] > 0.8 * told["drafted"] > 40
+    assert told["tokens"] == plain
+
+
+def test_ranks_of_data_parallelism_decide_each_for_itself(tmp_path: Path, tiny: Callable[..., str]) -> None:
+    """vLLM runs the ranks of a dense model as engines of their own, so each may have its own draft lengths."""
+    flags = ["--data-parallel-size", "2", "--max-num-seqs", "2", "--speculative-config"]
+    settings = json.dumps({"method": "selfspec", "num_speculative_tokens": 2})
+    with server(tiny("llama"), tmp_path / "server.log", *flags, settings) as url:
+
+        def ask() -> None:
+            request = {"model": "tiny", "prompt": PROMPT, "max_tokens": 32, "detokenize": False}
+            httpx.post(f"{url}/v1/completions", json=request, timeout=120).raise_for_status()
+
+        with ThreadPoolExecutor() as pool:
+            for done in [pool.submit(ask) for _ in range(8)]:
+                done.result()
+        told = httpx.get(f"{url}/metrics").text
+    steps = dict.fromkeys("01", 0.0)
+    for rank, count in re.findall(r'vllm:selfspec_steps_total\{engine="(\d)".*\} (\S+)', told):
+        steps[rank] += float(count)
+    assert all(count > 10 for count in steps.values()), steps
+
+
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
 
 
@@ -125,7 +160,8 @@ def test_other_engines_are_left_alone(
     """No seam of the worker is wrapped, nothing mended, in an engine that runs in this very process."""
     arguments = {"model": tiny("llama"), "speculative_config": speculative}
     told = run_engine(tmp_path, {"arguments": arguments, "seams": True})
-    assert told == {"tokens": plain, "accepted": told["accepted"], "wrapped": [], "methods": [], "mended": []}
+    assert told["tokens"] == plain
+    assert told["wrapped"] == told["methods"] == told["mended"] == []
 
 
 def test_a_selfspec_engine_wraps_the_seams(tmp_path: Path, tiny: Callable[..., str]) -> None:
@@ -183,7 +219,6 @@ REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("drafter.skip_layers", {"drafter": {"skip_layers": [4]}}, {}),
     ("drafter.wieghts", {"drafter": {"wieghts": "int8"}}, {}),
     ("pipeline_parallel_size", {}, {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}),
-    ("data_parallel_size", {"control": {"mode": "adaptive"}}, {"data_parallel_size": 2}),
     ("scheduler_cls", {}, {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}),
     ("runner", {}, {"runner": "pooling"}),
 ]
@@ -203,6 +238,15 @@ def test_refusals_at_configuration(
     with pytest.raises(ConfigError) as caught:
         config_of(tiny("llama"), speculative_config=SETTINGS | settings, **arguments)
     assert_one_sentence(str(caught.value), field)
+
+
+def test_adaptive_ranks_of_a_mixture_are_refused(tiny: Callable[..., str]) -> None:
+    """They run every layer together."""
+    with pytest.raises(ConfigError) as caught:
+        config_of(
+            tiny("qwen3_moe"), speculative_config=SETTINGS | {"control": {"mode": "adaptive"}}, data_parallel_size=2
+        )
+    assert_one_sentence(str(caught.value), "data_parallel_size")
 
 
 @pytest.mark.parametrize("field", ["drafter.weights", "drafter.lm_head"])

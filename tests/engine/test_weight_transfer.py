@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from engines import server
 from safetensors.torch import load_file, save_file
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
@@ -215,33 +211,6 @@ def test_a_checkpoint_can_be_a_folder_of_shards(swap: tuple[LLM, str, str, Any, 
     update(llm, old)
 
 
-@contextlib.contextmanager
-def server(model: str, log: Path) -> Iterator[str]:
-    """vLLM's OpenAI-compatible server in a process of its own; yields its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    flags = f"--port {port} --skip-tokenizer-init --enforce-eager --dtype float32 --max-model-len 128 --block-size 32"
-    flags += " --kv-cache-memory-bytes 67108864 --served-model-name tiny --weight-transfer-config.backend " + BACKEND
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags.split()]
-    # The routes of the weight update belong to vLLM's development mode.
-    env = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        while True:
-            assert process.poll() is None, log.read_text()[-4000:]
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            time.sleep(0.2)
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
-
-
 def completion(url: str) -> list[int]:
     request = {"model": "tiny", "prompt": list(range(3, 43)), "temperature": 0, "max_tokens": 8}
     request |= {"return_token_ids": True, "detokenize": False}
@@ -257,7 +226,7 @@ def test_a_real_trainer_updates_a_real_server(tiny: Callable[..., str], tmp_path
     model = AutoModelForCausalLM.from_pretrained(tiny("llama_tied", seed=1))
     prompt = torch.arange(3, 43)[None]
     want = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=8)
-    with server(tiny("llama_tied"), tmp_path / "server.log") as url:
+    with server(tiny("llama_tied"), tmp_path / "server.log", "--weight-transfer-config.backend", BACKEND) as url:
         before = completion(url)
         register_weight_transfer()
         trainer = WeightTransferTrainerFactory.trainer_init(
