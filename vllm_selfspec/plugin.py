@@ -275,7 +275,7 @@ def create_speculative_config(
             f"scheduler_cls is {self.scheduler_cls!r}, but method selfspec brings its own: remove one of the two."
         )
     self.scheduler_cls = "vllm_selfspec.scheduler.build_scheduler"
-    return build(settings, target_model_config, target_parallel_config, enable_lora=self.enable_lora)
+    return build(settings, target_model_config, target_parallel_config)
 
 
 def requested_settings(engine_args: Any) -> SelfSpecConfig | None:

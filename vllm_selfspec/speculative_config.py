@@ -64,16 +64,14 @@ class SelfSpecSpeculativeConfig(SpeculativeConfig):
         return self.selfspec.control.mode != "fixed"
 
 
-def build(
-    settings: SelfSpecConfig, model: ModelConfig, parallel: ParallelConfig, *, enable_lora: bool
-) -> SelfSpecSpeculativeConfig:
+def build(settings: SelfSpecConfig, model: ModelConfig, parallel: ParallelConfig) -> SelfSpecSpeculativeConfig:
     """The engine's speculative config for `settings`.
 
     Raises:
         ConfigError: if this model or this parallel layout cannot be drafted for; the sentence names the field.
     """
     choose_runner()
-    check_engine(settings, model, parallel, enable_lora=enable_lora)
+    check_engine(settings, model, parallel)
     return SelfSpecSpeculativeConfig(
         selfspec=settings,
         num_speculative_tokens=settings.num_speculative_tokens,
@@ -82,7 +80,7 @@ def build(
     )
 
 
-def check_engine(settings: SelfSpecConfig, model: ModelConfig, parallel: ParallelConfig, *, enable_lora: bool) -> None:
+def check_engine(settings: SelfSpecConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
     """Refuse engines that selfspec does not support, each with one sentence."""
     if model.runner_type != "generate":
         raise ConfigError(
@@ -104,12 +102,6 @@ def check_engine(settings: SelfSpecConfig, model: ModelConfig, parallel: Paralle
         raise ConfigError(
             "distributed_executor_backend 'external_launcher' runs one scheduler per rank, and with control.mode "
             "'adaptive' these would choose different draft lengths: set control.mode to 'fixed'."
-        )
-    if enable_lora:
-        # vLLM maps the rows of a batch to adapters for the target's step; a draft step has other rows.
-        raise ConfigError(
-            "enable_lora does not work with method selfspec, whose draft steps have no adapter mapping: merge the "
-            "adapter into the weights that the trainer sends, or remove the speculative config."
         )
     if model.is_encoder_decoder:
         raise ConfigError("method selfspec does not support encoder-decoder models: remove the speculative config.")

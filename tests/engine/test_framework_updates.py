@@ -428,16 +428,9 @@ def test_layers_processed_off_the_cpu_are_refreshed_lazily(monkeypatch: pytest.M
         assert torch.equal(tap.state(layer, "int8").made_of, layer.weight)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ({"enable_lora": True}, "enable_lora"),
-        ({"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}, "control.mode to 'fixed'"),
-    ],
-)
-def test_engines_that_frameworks_may_ask_for_and_selfspec_refuses(
-    arguments: dict[str, Any], sentence: str, tiny: Callable[..., str]
-) -> None:
+def test_one_scheduler_per_rank_is_refused(tiny: Callable[..., str]) -> None:
+    """TRL's colocate mode with tensor parallelism."""
+    arguments = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
     asked = EngineArgs(model=tiny("llama"), speculative_config={"method": "selfspec"}, dtype="float32", **arguments)
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(ConfigError, match=r"control\.mode to 'fixed'"):
         asked.create_engine_config()

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -107,11 +109,19 @@ class SelfDraftProposer(DraftModelProposer):
                 "kinds): remove the speculative config, or start with --disable-hybrid-kv-cache-manager."
             )
 
+    def initialize_cudagraph_keys(self, cudagraph_mode: CUDAGraphMode) -> None:
+        # Whether a graph applies adapters is settled when it is captured, and the drafter's graphs are not told apart
+        # by that, as the target's are.
+        super().initialize_cudagraph_keys(CUDAGraphMode.NONE if self._runner.lora_config else cudagraph_mode)
+
     @torch.inference_mode()
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Run each of the view's stacks once, on no more rows than it will ever see: one per request."""
         self.num_speculative_tokens = 1
         for rows in {2, max(2, min(num_tokens, self.max_batch_size))}:
+            if self._runner.lora_config:
+                # The target's mapping is of more rows, which the adapters' kernels would read.
+                self._runner._set_active_loras((0,) * rows, (0,) * rows, set())
             super().dummy_run(rows, *args, **kwargs)
         self.num_speculative_tokens = self.speculative_config.num_speculative_tokens
 
@@ -155,6 +165,9 @@ class SelfDraftProposer(DraftModelProposer):
         if gamma == 0:
             return drafts
         self._tap.refresh()
+        if self._runner.lora_config:
+            # One row per request from here on; the runner sets the mapping anew for the target's next step.
+            self._runner.set_active_loras(self._runner.input_batch, np.ones(batch_size, dtype=np.int32))
 
         start = common_attn_metadata.seq_lens[:batch_size]
         if num_rejected_tokens_gpu is not None:

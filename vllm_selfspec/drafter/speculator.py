@@ -69,6 +69,11 @@ class SelfDraftSpeculator(DraftModelSpeculator):
                 "decode_context_parallel_size and prefill_context_parallel_size must be 1 with method selfspec: "
                 "use tensor parallelism instead."
             )
+        if vllm_config.lora_config is not None:
+            raise ConfigError(
+                "enable_lora does not work with method selfspec on model runner V2, whose draft steps have no adapter "
+                "mapping: set VLLM_USE_V2_MODEL_RUNNER=0."
+            )
         drafter = self.speculative_config.selfspec.drafter
         self._layers = drafter.layers(vllm_config.model_config.get_total_num_hidden_layers())
         self._weights = choose_precision("drafter.weights", drafter.weights, self.device.type)
