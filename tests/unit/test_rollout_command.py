@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import vllm_selfspec
 from vllm_selfspec.commands import rollout
 from vllm_selfspec.commands.report import shares_text
 from vllm_selfspec.engine_pool import EnginePool, spec_counts
@@ -77,6 +78,7 @@ def test_alternates_counts_and_saves(behave, tmp_path: Path):
     assert [item.spec.draft_lengths if item.spec else None for item in run.rounds] == [None, {3: 6}, None, {3: 6}]
     assert [item.spec.num_drafts if item.spec else None for item in run.rounds] == [None, 6, None, 6]
     assert run.settings["num_prompts"] == 2
+    assert run.provenance["versions"]["vllm-selfspec"] == vllm_selfspec.__version__
     assert run.provenance["command"].startswith("vllm-selfspec rollout --model")
     assert (out / "rollout.png").read_bytes().startswith(b"\x89PNG")
 

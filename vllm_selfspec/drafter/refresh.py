@@ -1,9 +1,9 @@
 """Where a quantized drafter gets its weights, and how it follows them when they change.
 
 A `WeightTap` belongs to one drafter. It holds one `QuantizedLinear` per target layer that the drafter uses at reduced
-precision. On CPU vLLM packs a layer's weight for its own kernel and drops the original inside
-`process_weights_after_loading`, so the tap quantizes right before that, on the first load and on every reload. Where
-the weight stays on the layer, the tap reads it from there and refreshes lazily, before the next proposal.
+precision. On CPU vLLM may pack a layer's weight for its own kernel and drop the original inside
+`process_weights_after_loading`, so the tap quantizes it there, on the first load and on every reload. Where the weight
+stays on the layer, the tap reads it from there and refreshes lazily, before the next proposal.
 """
 
 from __future__ import annotations
@@ -66,13 +66,12 @@ class WeightTap:
                 return tap
         return None
 
-    def capture(self, layer: nn.Module) -> None:
-        """Quantize a layer whose full weight exists right now, at the precision that the plan gives it."""
+    def capture(self, layer: nn.Module, weight: torch.Tensor) -> None:
+        """Quantize the full `weight` [N, K] of a layer, at the precision that the plan gives it."""
         if layer in self._states or self._plan(layer) != "native":
-            self._capture(layer, self._plan(layer))
+            self._capture(layer, weight, self._plan(layer))
 
-    def _capture(self, layer: nn.Module, precision: Precision) -> None:
-        weight = layer.weight
+    def _capture(self, layer: nn.Module, weight: torch.Tensor, precision: Precision) -> None:
         if weight.is_meta or weight.ndim != 2:
             return
         state = self._states.get(layer)
@@ -88,7 +87,7 @@ class WeightTap:
     def state(self, layer: nn.Module, precision: Precision) -> QuantizedLinear:
         """The quantized weight of `layer`, made now if the layer still holds its full weight."""
         if layer not in self._states:
-            self._capture(layer, precision)
+            self._capture(layer, layer.weight, precision)
         if layer not in self._states:
             raise ConfigError(
                 f"drafter: the full weight of {getattr(layer, 'prefix', type(layer).__name__)} is not available to "
@@ -127,7 +126,7 @@ class WeightTap:
             return 0
         layers = [layer for layer in self._stale if layer.weight.numel()]
         for layer in layers:
-            self._capture(layer, "native")
+            self._capture(layer, layer.weight, "native")
         self._stale.clear()
         self._fingerprint = self._read_fingerprint()
         logger.info("selfspec drafter refreshed: %d layers, %.2f s in all so far.", len(layers), self.refresh_seconds)
@@ -164,12 +163,12 @@ def process_weights_after_loading(original: Callable[..., None], self: Any, laye
     Some trainers fill layers and process them past `model.load_weights`. Everything is marked, not this layer alone:
     vLLM processes an embedding, but not the LM head that is tied to it.
     """
-    tap = WeightTap.of(layer)
+    tap, weight = WeightTap.of(layer), layer.weight.detach()
+    original(self, layer)
     if tap is not None:
         tap.mark_stale()
-        if layer.weight.device.type == "cpu":
-            tap.capture(layer)
-    original(self, layer)
+        if not layer.weight.numel():
+            tap.capture(layer, weight)
 
 
 class RefreshCost(NamedTuple):
