@@ -27,6 +27,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "calibrate",
         "Turn measured step times into a profile of a machine.",
     ),
+    "train-exit": (
+        "vllm_selfspec.commands.train_exit",
+        "train_exit",
+        "Train an exit head for early-exit drafts.",
+    ),
     "simulate": (
         "vllm_selfspec.commands.simulate",
         "simulate",

@@ -15,7 +15,8 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.platforms import current_platform
 
-from vllm_selfspec.config import ConfigError, SelfSpecConfig
+from vllm_selfspec.config import ConfigError, DrafterConfig, SelfSpecConfig
+from vllm_selfspec.drafter import exit_head
 from vllm_selfspec.drafter.cpu_kernels import library_in_use
 from vllm_selfspec.drafter.runner import choose_runner, every_draft_length
 from vllm_selfspec.plugin import register
@@ -56,8 +57,10 @@ class SelfSpecSpeculativeConfig(SpeculativeConfig):
 
     def compute_hash(self) -> str:
         """vLLM's hash plus the drafter and the kernels: compiled graphs are cached under this key."""
-        drafter = self.selfspec.drafter.model_dump_json()
-        return hashlib.sha256(f"{super().compute_hash()}{drafter}{library_in_use()}".encode()).hexdigest()
+        drafter = self.selfspec.drafter
+        shape = None if drafter.exit_head is None else exit_head.read_info(drafter.exit_head)
+        key = f"{super().compute_hash()}{drafter.model_dump_json()}{shape}{library_in_use()}"
+        return hashlib.sha256(key.encode()).hexdigest()
 
     def uses_dynamic_speculative_decoding(self) -> bool:
         """True when the draft length may change from step to step."""
@@ -114,6 +117,22 @@ def check_engine(settings: SelfSpecConfig, model: ModelConfig, parallel: Paralle
         raise ConfigError(
             "method selfspec does not support multi-dimensional rotary positions: remove the speculative config."
         )
-    if settings.drafter.exit_head is not None:
-        raise ConfigError("drafter.exit_head: trained exit heads are not supported by this version, leave it out.")
     settings.drafter.layers(model.get_total_num_hidden_layers())
+    check_exit_head(settings.drafter, model)
+
+
+def check_exit_head(drafter: DrafterConfig, model: ModelConfig) -> None:
+    """Refuse a trained exit head that was made for another drafter or another model."""
+    if drafter.exit_head is None:
+        return
+    head = exit_head.read_info(drafter.exit_head)
+    if drafter.exit_layer != head.exit_layer or drafter.skip_layers:
+        raise ConfigError(
+            f"drafter.exit_head {drafter.exit_head!r} was trained behind {head.exit_layer} layers, none skipped: set "
+            f"drafter.exit_layer to {head.exit_layer} and leave out drafter.skip_layers."
+        )
+    if model.get_hidden_size() != head.hidden_size:
+        raise ConfigError(
+            f"drafter.exit_head {drafter.exit_head!r} was trained for {head.model}, of hidden size {head.hidden_size}, "
+            f"but this model's is {model.get_hidden_size()}: train one with vllm-selfspec train-exit."
+        )

@@ -79,6 +79,7 @@ class SelfDraftProposer(DraftModelProposer):
         self._runner = runner
         self.supports_mm_inputs = False
         drafter = self.speculative_config.selfspec.drafter
+        self._exit_head = drafter.exit_head
         self._layers = drafter.layers(vllm_config.model_config.get_total_num_hidden_layers())
         self._weights = choose_precision("drafter.weights", drafter.weights, self.device.type)
         self._lm_head = choose_precision("drafter.lm_head", drafter.lm_head, self.device.type)
@@ -88,7 +89,7 @@ class SelfDraftProposer(DraftModelProposer):
     def load_model(self, target_model: nn.Module) -> None:
         """Build the view of the loaded target."""
         self.model, self._draft_attn_layer_names = build_view(
-            target_model, self.vllm_config, self._layers, self._weights, self._lm_head, self._tap
+            target_model, self.vllm_config, self._layers, self._weights, self._lm_head, self._tap, self._exit_head
         )
         self._tap.watch(target_model)
         logger.info(

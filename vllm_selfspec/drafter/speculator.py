@@ -75,6 +75,7 @@ class SelfDraftSpeculator(DraftModelSpeculator):
                 "mapping: set VLLM_USE_V2_MODEL_RUNNER=0."
             )
         drafter = self.speculative_config.selfspec.drafter
+        self._exit_head = drafter.exit_head
         self._layers = drafter.layers(vllm_config.model_config.get_total_num_hidden_layers())
         self._weights = choose_precision("drafter.weights", drafter.weights, self.device.type)
         self._lm_head = choose_precision("drafter.lm_head", drafter.lm_head, self.device.type)
@@ -91,7 +92,7 @@ class SelfDraftSpeculator(DraftModelSpeculator):
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         model, self._view_layer_names = build_view(
-            target_model, self.vllm_config, self._layers, self._weights, self._lm_head, self._tap
+            target_model, self.vllm_config, self._layers, self._weights, self._lm_head, self._tap, self._exit_head
         )
         return model
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from vllm.model_executor.models import supports_multimodal
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_selfspec.config import ConfigError, Precision
+from vllm_selfspec.drafter.exit_head import load as load_exit_head
 from vllm_selfspec.drafter.quantize import FEW_ROWS, QuantizedLinear
 from vllm_selfspec.drafter.refresh import WeightTap
 
@@ -142,8 +143,12 @@ def build_view(
     weights: Precision,
     lm_head: Precision,
     tap: WeightTap,
+    exit_head: str | None = None,
 ) -> tuple[DraftModel, set[str]]:
     """The drafter's model and the names of the attention layers it shares with the target.
+
+    Args:
+        exit_head: path of a trained head between the last of the layers and the final norm.
 
     Raises:
         ConfigError: if this model class cannot be viewed.
@@ -170,7 +175,11 @@ def build_view(
         decoder.layers = nn.ModuleList(
             layer if weights == "native" else quantized_copy(layer, weights, tap, few_rows) for layer in chosen
         )
-        decoder.start_layer, decoder.end_layer = 0, len(chosen)
+        if exit_head is not None:
+            precision = cast(Precision, weights if weights != "int4+int8" else "int4" if few_rows else "int8")
+            device = next(top.parameters()).device
+            decoder.layers.append(load_exit_head(exit_head, precision, vllm_config.model_config.dtype, device))
+        decoder.start_layer, decoder.end_layer = 0, len(decoder.layers)
         kind, tag = (FewRowsBackbone, "selfspec_drafter_few_rows") if few_rows else (DraftBackbone, "selfspec_drafter")
         with set_current_vllm_config(vllm_config), set_model_tag(tag):
             return kind(vllm_config=vllm_config, decoder=decoder)

@@ -1,0 +1,116 @@
+"""A trained exit head: what turns the hidden state of an early layer into one that the target's final norm and LM head
+understand.
+
+It is one residual block without attention, x + down(silu(up(norm(x)))), so it has no keys and values, and a draft
+stays one pass over the layers before it. It is trained by `vllm-selfspec train-exit` against the model's own
+distribution. A head that does not fit the weights any more drafts worse, never wrongly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vllm_selfspec.config import ConfigError, Precision
+
+FORMAT = "selfspec-exit-head-1"
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class ExitHeadInfo:
+    """What an exit head's file says of it.
+
+    Attributes:
+        model: the model that it was trained for, as it was called then.
+        exit_layer: layers that run before the head.
+        hidden_size, width: of its two matrices, [width, hidden_size] and [hidden_size, width].
+    """
+
+    model: str
+    exit_layer: int
+    hidden_size: int
+    width: int
+
+
+class ExitHead(nn.Module):
+    """x + down(silu(up(norm(x)))), in the calling convention of vLLM's decoder layers; the identity at first."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.Parameter(torch.ones(hidden_size))
+        self.up: nn.Module = nn.Linear(hidden_size, width, bias=False)
+        self.down: nn.Module = nn.Linear(width, hidden_size, bias=False)
+        nn.init.zeros_(self.down.weight)
+
+    def change(self, x: torch.Tensor) -> torch.Tensor:
+        """What is added to hidden states x [..., hidden_size]."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _EPSILON)
+        result: torch.Tensor = self.down(nn.functional.silu(self.up(normed.to(x.dtype) * self.norm)))
+        return result
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and residual [T, hidden_size], whose sum the final norm takes; positions are not used."""
+        x = hidden_states if residual is None else hidden_states + residual
+        return self.change(x), x
+
+
+class _Quantized(nn.Module):
+    """A linear layer at the drafter's precision."""
+
+    def __init__(self, weight: torch.Tensor, precision: Precision) -> None:
+        super().__init__()
+        from vllm_selfspec.drafter.quantize import quantize
+
+        self._state = quantize(weight, precision)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._state.apply(x, None)
+
+
+def save(head: ExitHead, info: ExitHeadInfo, path: Path) -> None:
+    """Write a head and what it was trained for, as one safetensors file."""
+    metadata = {"format": FORMAT} | {name: str(value) for name, value in asdict(info).items()}
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in head.state_dict().items()}
+    save_file(tensors, path, metadata=metadata)
+
+
+def read_info(path: str) -> ExitHeadInfo:
+    """What the file at `path` says of its head.
+
+    Raises:
+        ConfigError: if it is not the file of an exit head.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"drafter.exit_head {path!r} cannot be read ({error}): give a file written by vllm-selfspec train-exit."
+        ) from None
+    if metadata.get("format") != FORMAT:
+        raise ConfigError(
+            f"drafter.exit_head {path!r} is not an exit head: give a file written by vllm-selfspec train-exit."
+        )
+    numbers = {name: int(metadata[name]) for name in ("exit_layer", "hidden_size", "width")}
+    return ExitHeadInfo(model=metadata["model"], **numbers)
+
+
+def load(path: str, precision: Precision, dtype: torch.dtype, device: torch.device) -> ExitHead:
+    """The head at `path`, ready to draft: its matrices at the drafter's precision, the rest in the model's dtype."""
+    info = read_info(path)
+    head = ExitHead(info.hidden_size, info.width)
+    head.load_state_dict(load_file(path))
+    head = head.to(device=device, dtype=dtype).requires_grad_(False)
+    if precision != "native":
+        head.up, head.down = (_Quantized(layer.weight, precision) for layer in (head.up, head.down))
+    return head
