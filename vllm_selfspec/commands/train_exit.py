@@ -73,7 +73,8 @@ def train_exit(
         highlight=False,
     )
     drafter = {"exit_layer": exit_layer, "exit_head": str(out)}
-    console.print(f"Written: {out}. Use it with\n" + json.dumps({"method": "selfspec", "drafter": drafter}))
+    use = json.dumps({"method": "selfspec", "drafter": drafter})
+    console.print(f"Written: {out}. Use it with\n{use}", highlight=False, soft_wrap=True)
     if json_:
         print(json.dumps({"tokens": len(hidden), "width": width, "overlap_without": before, "overlap": after}))
 
