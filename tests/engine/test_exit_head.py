@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import engine, generate, greedy, random_prompt, watch
+from engines import engine, generate, greedy, random_prompt, runner_of, watch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 
@@ -93,6 +93,27 @@ def test_the_engine_drafts_with_the_head(
     assert seen.drafted > 500
     assert seen.acceptance == pytest.approx(expected, abs=0.12 if "int4" in weights else 0.06)
     assert seen.acceptance > without
+
+
+@pytest.mark.parametrize("weights", ["native", "int8"])
+def test_a_refresh_writes_the_head_again(
+    weights: str, trained: tuple[str, float, float], tiny: Callable[..., str]
+) -> None:
+    """Deep sleep discards what the drafter has on a GPU, and no update of the target brings the head back."""
+    drafter: dict[str, Any] = {"weights": weights, "lm_head": "native", "exit_layer": LAYER, "exit_head": trained[0]}
+    with engine(tiny("llama"), {"drafter": drafter, "control": {"mode": "fixed"}}) as llm:
+        head = runner_of(llm).drafter.model.backbones[0].decoder.layers[-1]
+        x = torch.randn(3, HIDDEN)
+        before = head.change(x)
+        head.norm.zero_()
+        if weights == "native":
+            head.up.weight.zero_()
+            head.down.weight.zero_()
+        else:
+            head.up.state.refresh(torch.zeros(256, HIDDEN))
+        assert not head.change(x).any() and before.any()
+        llm.collective_rpc("selfspec_refresh")
+        assert torch.equal(head.change(x), before)
 
 
 def refusal(model: str, **drafter: Any) -> str:

@@ -1,6 +1,7 @@
 """`vllm-selfspec train-exit`: trains an exit head on the model's own text."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,14 +42,15 @@ def train_exit(
     """
     import torch
     from rich.console import Console
+    from safetensors import SafetensorError
 
     from vllm_selfspec.drafter.exit_head import ExitHead, ExitHeadInfo, save
     from vllm_selfspec.exit_training import Target, overlap, train
     from vllm_selfspec.models import resolve_model
 
     console = Console(stderr=json_)
-    if not out.parent.is_dir():
-        raise UsageError(f"--out: there is no folder {out.parent}")
+    if not os.access(out.parent, os.W_OK):
+        raise UsageError(f"--out: {out.parent} is not a folder that can be written to")
     path = resolve_model(model, console.print)
     torch.manual_seed(seed)
     target = Target.load(path, device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -66,7 +68,7 @@ def train_exit(
     after = overlap(target, head, unseen)
     try:
         save(head, ExitHeadInfo(model, exit_layer, size, width), out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UsageError(f"--out: {out} cannot be written ({error})") from None
     console.print(
         f"Overlap with {model} on {held_out} held-out tokens: {before:.3f} without a head, {after:.3f} with it.",

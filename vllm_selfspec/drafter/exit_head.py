@@ -8,6 +8,7 @@ distribution. A head that does not fit the weights any more drafts worse, never 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,10 @@ class _Quantized(nn.Module):
         super().__init__()
         from vllm_selfspec.drafter.quantize import quantize
 
-        self._state = quantize(weight, precision)
+        self.state = quantize(weight, precision)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._state.apply(x, None)
+        return self.state.apply(x, None)
 
 
 def save(head: ExitHead, info: ExitHeadInfo, path: Path) -> None:
@@ -105,12 +106,27 @@ def read_info(path: str) -> ExitHeadInfo:
     return ExitHeadInfo(model=metadata["model"], **numbers)
 
 
-def load(path: str, precision: Precision, dtype: torch.dtype, device: torch.device) -> ExitHead:
-    """The head at `path`, ready to draft: its matrices at the drafter's precision, the rest in the model's dtype."""
-    info = read_info(path)
+def load(
+    path: str, precision: Precision, dtype: torch.dtype, device: torch.device
+) -> tuple[ExitHead, Callable[[], None]]:
+    """The head at `path`, ready to draft: its matrices at the drafter's precision, the rest in the model's dtype.
+
+    Returns:
+        the head, and a function that writes its weights again, in place: sleep discards what lies on a GPU.
+    """
+    info, saved = read_info(path), load_file(path)
     head = ExitHead(info.hidden_size, info.width)
-    head.load_state_dict(load_file(path))
+    head.load_state_dict(saved)
     head = head.to(device=device, dtype=dtype).requires_grad_(False)
     if precision != "native":
         head.up, head.down = (_Quantized(layer.weight, precision) for layer in (head.up, head.down))
-    return head
+
+    def restore() -> None:
+        head.norm.copy_(saved["norm"])
+        for layer, weight in ((head.up, saved["up.weight"]), (head.down, saved["down.weight"])):
+            if isinstance(layer, _Quantized):
+                layer.state.refresh(weight.to(device=device, dtype=dtype))
+            else:
+                layer.weight.copy_(weight)
+
+    return head, restore

@@ -50,6 +50,8 @@ class WeightTap:
         self._plan = plan
         self._states: weakref.WeakKeyDictionary[nn.Module, QuantizedLinear] = weakref.WeakKeyDictionary()
         self._stale: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._restores: list[Callable[[], None]] = []
+        self._restore_due = False
         self._watched: list[torch.Tensor] = []
         self._fingerprint: torch.Tensor | None = None
         self._last_proposal = time.monotonic()
@@ -118,10 +120,19 @@ class WeightTap:
     def mark_stale(self) -> None:
         """The target's weights changed; layers that still hold theirs are quantized again before the next proposal."""
         self._stale.update(self._states)
+        self._restore_due = True
+
+    def restore_too(self, restore: Callable[[], None]) -> None:
+        """Call `restore` at every refresh: the drafter has weights that do not come from the target."""
+        self._restores.append(restore)
 
     def refresh(self) -> int:
         """Quantize the stale layers again; returns how many."""
         self._look_for_changes()
+        if self._restore_due:
+            for restore in self._restores:
+                restore()
+            self._restore_due = False
         if not self._stale:
             return 0
         layers = [layer for layer in self._stale if layer.weight.numel()]

@@ -178,7 +178,9 @@ def build_view(
         if exit_head is not None:
             precision = cast(Precision, weights if weights != "int4+int8" else "int4" if few_rows else "int8")
             device = next(top.parameters()).device
-            decoder.layers.append(load_exit_head(exit_head, precision, vllm_config.model_config.dtype, device))
+            trained, restore = load_exit_head(exit_head, precision, vllm_config.model_config.dtype, device)
+            decoder.layers.append(trained)
+            tap.restore_too(restore)
         decoder.start_layer, decoder.end_layer = 0, len(decoder.layers)
         kind, tag = (FewRowsBackbone, "selfspec_drafter_few_rows") if few_rows else (DraftBackbone, "selfspec_drafter")
         with set_current_vllm_config(vllm_config), set_model_tag(tag):
