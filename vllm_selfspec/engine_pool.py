@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_selfspec.engine_env import engine_environment, is_cpu_platform
 from vllm_selfspec.errors import EngineError, UsageError
+from vllm_selfspec.prompts import encode_prompt
 from vllm_selfspec.results import Moment, SpecCounts
 from vllm_selfspec.rollout.pool import RolloutPool, WorkerHandle
 from vllm_selfspec.rollout.types import InvalidRequestError, RolloutError, WorkerStats
@@ -125,10 +126,7 @@ class EnginePool:
             from transformers import AutoTokenizer
 
             self._tokenizer = AutoTokenizer.from_pretrained(self._model)
-        if self._tokenizer.chat_template is None:
-            raise UsageError("the model has no chat template; use prompt instead of messages in the prompts file")
-        text = self._tokenizer.apply_chat_template(request["messages"], tokenize=False, add_generation_prompt=True)
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return encode_prompt(self._tokenizer, request)
 
     def _stats(self) -> list[WorkerStats]:
         return asyncio.run(self._pool.stats())

@@ -27,6 +27,7 @@ from typing import IO, Any
 
 from vllm_selfspec.engine_env import engine_environment, is_cpu_platform
 from vllm_selfspec.errors import EngineError, UsageError
+from vllm_selfspec.prompts import encode_prompt
 
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 15.0
@@ -337,16 +338,9 @@ def prompt_token_ids(llm: Any, request: dict[str, Any]) -> list[int]:
     Raises:
         ValueError: when the model has no chat template for `messages`, or the prompt is too long for the engine.
     """
-    tokenizer = llm.get_tokenizer() if "prompt_token_ids" not in request else None
-    if tokenizer is None:
-        token_ids = request["prompt_token_ids"]
-    elif "prompt" in request:
-        token_ids = tokenizer.encode(request["prompt"])
-    else:
-        if tokenizer.chat_template is None:
-            raise ValueError("the model has no chat template; use prompt instead of messages in the prompts file")
-        text = tokenizer.apply_chat_template(request["messages"], tokenize=False, add_generation_prompt=True)
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
+    token_ids = request.get("prompt_token_ids")
+    if token_ids is None:
+        token_ids = encode_prompt(llm.get_tokenizer(), request)
     limit = llm.model_config.max_model_len
     if len(token_ids) >= limit:
         raise ValueError(

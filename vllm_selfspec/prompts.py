@@ -63,3 +63,17 @@ def _check_line(line: str, where: str) -> dict[str, Any]:
         if not isinstance(message.get("content"), str):
             raise UsageError(f"{where}: messages[{position}].content must be a text")
     return {"messages": messages}
+
+
+def encode_prompt(tokenizer: Any, prompt: dict[str, Any]) -> list[int]:
+    """Return the token ids of a prompt with the key `prompt` or `messages`.
+
+    Raises:
+        UsageError: when the model has no chat template for `messages`.
+    """
+    if "prompt" in prompt:
+        return list(tokenizer.encode(prompt["prompt"]))
+    if tokenizer.chat_template is None:
+        raise UsageError("the model has no chat template; use prompt instead of messages in the prompts file")
+    text = tokenizer.apply_chat_template(prompt["messages"], tokenize=False, add_generation_prompt=True)
+    return list(tokenizer.encode(text, add_special_tokens=False))

@@ -95,22 +95,11 @@ def _collect(
     from transformers import AutoTokenizer
 
     from vllm_selfspec.exit_training import collect
-    from vllm_selfspec.prompts import embedded_prompts, load_prompts
+    from vllm_selfspec.prompts import embedded_prompts, encode_prompt, load_prompts
 
     tokenizer = AutoTokenizer.from_pretrained(path)
     asked = embedded_prompts() if prompts is None else load_prompts(prompts)
-    try:
-        ids = [
-            tokenizer.encode(item["prompt"])
-            if "prompt" in item
-            else tokenizer.encode(
-                tokenizer.apply_chat_template(item["messages"], tokenize=False, add_generation_prompt=True),
-                add_special_tokens=False,
-            )
-            for item in asked
-        ]
-    except ValueError as error:
-        raise UsageError(f"--prompts: messages need a chat template, use `prompt` instead ({error})") from None
+    ids = [encode_prompt(tokenizer, prompt) for prompt in asked]
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("writing text", total=tokens)
         return collect(

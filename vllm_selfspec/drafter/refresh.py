@@ -116,6 +116,7 @@ class WeightTap:
         # The drafter was just made of these weights, so a write before the first proposal is noticed too.
         self._fingerprint = self._read_fingerprint()
         self._stale.clear()
+        self._restore_due = False
 
     def mark_stale(self) -> None:
         """The target's weights changed; layers that still hold theirs are quantized again before the next proposal."""

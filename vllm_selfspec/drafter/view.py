@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -176,9 +176,8 @@ def build_view(
             layer if weights == "native" else quantized_copy(layer, weights, tap, few_rows) for layer in chosen
         )
         if exit_head is not None:
-            precision = cast(Precision, weights if weights != "int4+int8" else "int4" if few_rows else "int8")
             device = next(top.parameters()).device
-            trained, restore = load_exit_head(exit_head, precision, vllm_config.model_config.dtype, device)
+            trained, restore = load_exit_head(exit_head, weights, few_rows, vllm_config.model_config.dtype, device)
             decoder.layers.append(trained)
             tap.restore_too(restore)
         decoder.start_layer, decoder.end_layer = 0, len(decoder.layers)
