@@ -19,7 +19,7 @@ from vllm import _custom_ops as ops
 
 from vllm_selfspec.drafter import cpu_kernels
 from vllm_selfspec.drafter.quantize import CpuInt4Linear, CpuInt8Linear, QuantizedLinear
-from vllm_selfspec.drafter.quantize_rows import RowsInt4Linear, RowsInt8Linear
+from vllm_selfspec.drafter.quantize_rows import Avx512Int4Linear, Avx512Int8Linear, RowsInt4Linear, RowsInt8Linear
 from vllm_selfspec.provenance import provenance
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
@@ -51,8 +51,10 @@ KERNELS: dict[str, tuple[Callable[[torch.Tensor], Linear], float]] = {
     "bfloat16, rows_linear": (lambda w: lambda x: torch.ops.selfspec_cpu.rows_linear(x, w, None), 2.0),
     "int8, oneDNN": (quantized(CpuInt8Linear), 1.0),
     "int8, int8_linear": (quantized(RowsInt8Linear), 1.0),
+    "int8, avx512_int8_linear": (quantized(Avx512Int8Linear), 1.0),
     "int4, ATen": (quantized(CpuInt4Linear), 0.5625),
     "int4, int4_linear": (quantized(RowsInt4Linear), 0.5625),
+    "int4, avx512_int4_linear": (quantized(Avx512Int4Linear), 0.5625),
 }
 """How to apply a weight, and bytes read per weight."""
 

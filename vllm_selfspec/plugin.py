@@ -200,7 +200,7 @@ IN_CPU_WORKERS = (
         "bfloat16 and float16 layers run at the memory's speed on CPUs without AVX-512",
         ("layer", "remove_weight"),
         "vllm_selfspec.compat.cpu_half_linear:dispatch",
-        needed="vllm_selfspec.drafter.cpu_kernels:rows_kernels",
+        needed="vllm_selfspec.drafter.cpu_kernels:half_layers_need_kernels",
     ),
     Seam(
         "vllm.v1.sample.rejection_sampler:rejection_sample",

@@ -1,5 +1,6 @@
-"""The kernels for CPUs without AVX-512. They run on every x86 CPU with AVX2, so they are tested on all of those."""
+"""The kernels for x86 CPUs. Those without AVX-512 run on every one with AVX2, so they are tested on all of those."""
 
+import functools
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,14 @@ import torch
 
 from vllm_selfspec.compat import cpu_half_linear
 from vllm_selfspec.drafter import cpu_kernels
-from vllm_selfspec.drafter.quantize_rows import RowsInt4Linear, RowsInt8Linear
+from vllm_selfspec.drafter.quantize_rows import (
+    Avx512Int4Linear,
+    Avx512Int8Linear,
+    RowsInt4Linear,
+    RowsInt8Linear,
+    RowsLinear,
+)
+from vllm_selfspec.provenance import cpu_fact
 
 pytestmark = pytest.mark.skipif(
     not any(name in torch.backends.cpu.get_cpu_capability() for name in ("AVX2", "AVX512")), reason="needs AVX2"
@@ -66,12 +74,14 @@ def int4_values(weight: torch.Tensor) -> torch.Tensor:
 
 
 KINDS = {RowsInt8Linear: int8_values, RowsInt4Linear: int4_values}
+if set(cpu_fact("flags").split()) >= cpu_kernels.AVX512_FLAGS:
+    KINDS |= {Avx512Int8Linear: int8_values, Avx512Int4Linear: int4_values}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_quantized_products(shape: tuple[int, int], kind: type, dtype: torch.dtype) -> None:
+def test_quantized_products(shape: tuple[int, int], kind: type[RowsLinear], dtype: torch.dtype) -> None:
     weight = weight_of(shape)
     linear = kind(weight)
     values = KINDS[kind](weight).double()
@@ -96,18 +106,19 @@ def test_extreme_activations_do_not_saturate() -> None:
 
 def test_rows_do_not_depend_on_each_other() -> None:
     """A row's result is the same in any batch: acceptance must not depend on who else is running."""
-    weight, x = weight_of((100, 2088)), rows_of(7, 2088, torch.bfloat16)
+    weight, x = weight_of((100, 2088)), rows_of(50, 2088, torch.bfloat16)
+    products = [kind(weight) for kind in KINDS]
     for apply in (
         lambda rows: torch.ops.selfspec_cpu.rows_linear(rows, weight.bfloat16(), None),
-        lambda rows: RowsInt8Linear(weight).apply(rows, None),
-        lambda rows: RowsInt4Linear(weight).apply(rows, None),
+        *(functools.partial(linear.apply, bias=None) for linear in products),
     ):
-        alone = torch.cat([apply(x[i : i + 1]) for i in range(7)])
-        assert torch.equal(apply(x), alone)
+        alone = torch.cat([apply(row[None]) for row in x])
+        for count in (2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 50):
+            assert torch.equal(apply(x[:count]), alone[:count]), (apply, count)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_refresh_keeps_the_buffers(kind: type) -> None:
+def test_refresh_keeps_the_buffers(kind: type[RowsLinear]) -> None:
     linear, fresh = kind(weight_of((64, 128))), weight_of((64, 128)) * 3 + 0.1
     places = [tensor.data_ptr() for tensor in linear._tensors]
     linear.refresh(fresh)
@@ -140,16 +151,36 @@ def test_weights_are_quantized_to_the_bit(shape: tuple[int, int], dtype: torch.d
     assert torch.equal(packed.unflatten(1, (-1, 32)), expected[..., :32] | (expected[..., 32:] << 4))
 
 
+@pytest.mark.skipif(Avx512Int8Linear not in KINDS, reason="needs AVX-512 and VNNI")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_avx512_weights_are_the_same_in_another_order(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = weight_of(shape, dtype)
+    outputs, blocks = shape[0], -(-shape[0] // 16)
+    values, scale = RowsInt8Linear(weight)._tensors
+    stream, other_scale = Avx512Int8Linear(weight)._tensors
+    assert torch.equal(scale, other_scale)
+    unpacked = (stream.permute(0, 3, 1, 2, 4).reshape(16 * blocks, -1).int() - 128).to(torch.int8)
+    assert torch.equal(unpacked[:outputs], values) and not unpacked[outputs:].any()
+
+    packed, scale_and_min = RowsInt4Linear(weight)._tensors
+    (stream,) = Avx512Int4Linear(weight)._tensors
+    quads = stream[:, :, :512].reshape(blocks, -1, 8, 16, 4).permute(0, 3, 1, 2, 4)
+    assert torch.equal(quads.reshape(16 * blocks, -1)[:outputs], packed)
+    pairs = stream[:, :, 512:].contiguous().view(torch.bfloat16).unflatten(2, (2, 16)).permute(0, 3, 1, 2)
+    assert torch.equal(pairs.reshape(16 * blocks, -1, 2)[:outputs], scale_and_min)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_refresh_refuses_another_shape(kind: type) -> None:
+def test_refresh_refuses_another_shape(kind: type[RowsLinear]) -> None:
     linear = kind(weight_of((64, 128)))
-    for shape in ((65, 128), (64, 1000)):
+    for shape in ((60, 128), (65, 128), (64, 1000)):
         with pytest.raises(RuntimeError, match="another shape"):
             linear.refresh(weight_of(shape))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiles(kind: type) -> None:
+def test_compiles(kind: type[RowsLinear]) -> None:
     linear = kind(weight_of((64, 128)))
     compiled = torch.compile(lambda x: linear.apply(x, None) * 2, fullgraph=True, dynamic=True)
     x = rows_of(3, 128, torch.bfloat16)
@@ -176,25 +207,30 @@ def test_the_mend_takes_only_what_fell_back() -> None:
     assert error(cpu_half_linear.linear(x, half, None), x.double() @ half.double().t()) < 0.01
 
 
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
 def test_without_a_compiler_it_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    capability: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(cpu_kernels, "cpu_fact", lambda name: " ".join(cpu_kernels.AVX512_FLAGS))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu_kernels.logger, "propagate", True)
     cpu_kernels.load.cache_clear()
     for compiler, reason in (("/nowhere/g++", "/nowhere/g++"), ("false", "")):
         monkeypatch.setenv("CXX", compiler)
         caplog.clear()
-        assert cpu_kernels.rows_kernels.__wrapped__() is False
+        assert cpu_kernels.own_kernels.__wrapped__() == ""
         assert "install g++" in caplog.text and reason in caplog.text
+        assert ("verifying" in caplog.text) == (capability == "AVX2")
     assert not list((tmp_path / "vllm-selfspec" / "kernels").iterdir())
 
 
 def test_other_cpus_are_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AVX-512 without VNNI, for one."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(cpu_kernels, "cpu_fact", lambda name: "avx2 avx512f avx512bw avx512vl")
     monkeypatch.setattr(cpu_kernels, "load", lambda: pytest.fail("built"))
-    assert cpu_kernels.rows_kernels.__wrapped__() is False
+    assert cpu_kernels.own_kernels.__wrapped__() == ""
 
 
 def test_no_openmp_runtime_is_linked() -> None:

@@ -23,7 +23,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_selfspec import plugin
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.control.cost_model import CostModel
-from vllm_selfspec.drafter.cpu_kernels import rows_kernels
+from vllm_selfspec.drafter.cpu_kernels import own_kernels
 from vllm_selfspec.drafter.quantize import CpuInt4Linear
 from vllm_selfspec.speculative_config import SelfSpecSpeculativeConfig
 
@@ -261,11 +261,11 @@ def test_precision_without_a_kernel_is_refused(field: str, tiny: Callable[..., s
 
 
 def test_int4_of_odd_shapes_is_refused(tiny: Callable[..., str]) -> None:
-    """ATen's kernel wants whole groups; the package's own, for CPUs without AVX-512, fill them up with zeros."""
+    """ATen's kernel wants whole groups; the package's own fill them up with zeros."""
     with pytest.raises(ConfigError) as caught:
         CpuInt4Linear(torch.zeros(64, 160))
     assert_one_sentence(str(caught.value), "int4")
     drafter = {"weights": "int4", "lm_head": "native"}
-    refused = contextlib.nullcontext() if rows_kernels() else pytest.raises(ConfigError, match="int4")
+    refused = contextlib.nullcontext() if own_kernels() else pytest.raises(ConfigError, match="int4")
     with refused, engine(tiny("llama", intermediate_size=160), {"drafter": drafter, "control": {"mode": "fixed"}}):
         pass

@@ -1,7 +1,9 @@
-"""Builds and loads `csrc/cpu_rows.cpp`: matrix products of few rows for x86 CPUs without AVX-512.
+"""Builds and loads `csrc/`: matrix products of few rows for x86 CPUs, at the memory's speed.
 
-On such a CPU oneDNN has no bfloat16 or float16 product and a very slow int8 one, and what vLLM falls back to takes
-nearly three times as long for four rows as for one. `docs/cost.md` has the times.
+On a CPU without AVX-512 oneDNN has no bfloat16 or float16 product and a very slow int8 one, and what vLLM falls back to
+takes nearly three times as long for four rows as for one (`cpu_rows.cpp`). Where there are AVX-512 and VNNI, the
+model's own layers are well served, but ATen's int4 product takes twice the time that reading the weights takes for one
+row and ten times for sixteen (`cpu_avx512.cpp`, which also uses AMX). `docs/cost.md` has the times.
 The library is built once per machine, with the compiler that torch.compile needs on CPU anyway.
 """
 
@@ -14,6 +16,7 @@ import platform
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.utils import cpp_extension
@@ -25,37 +28,50 @@ from vllm_selfspec.provenance import cpu_fact
 
 logger = init_logger("vllm.selfspec")
 
-SOURCE = Path(__file__).parent / "csrc" / "cpu_rows.cpp"
+SOURCES = Path(__file__).parent / "csrc"
 COMPILE = ("-c", "-O3", "-std=c++20", "-march=native", "-fopenmp", "-fPIC")
 # No OpenMP runtime is linked: the one that torch uses, or a preloaded one, is in the process already.
 LINK = ("-shared", "-lc10", "-ltorch_cpu")
-CAPABILITY = "AVX2"
-"""What torch calls a CPU that has AVX2 and nothing above it that its kernels use."""
+AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
+"""What the kernels of `cpu_avx512.cpp` need, as the kernel calls it."""
 
 
 @functools.cache
-def rows_kernels() -> bool:
-    """True where this CPU is better served by these kernels than by vLLM's; they are loaded then."""
-    if not current_platform.is_cpu():
-        return False
-    if torch.backends.cpu.get_cpu_capability() != CAPABILITY or platform.machine() not in ("x86_64", "AMD64"):
-        return False
+def own_kernels() -> Literal["", "avx2", "avx512"]:
+    """Which of these kernels serve drafts better than vLLM's and ATen's on this CPU; they are loaded then."""
+    if not current_platform.is_cpu() or platform.machine() not in ("x86_64", "AMD64"):
+        return ""
+    kind: Literal["", "avx2", "avx512"] = ""
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # and nothing above it that torch's kernels use
+        kind = "avx2"
+    elif set(cpu_fact("flags").split()) >= AVX512_FLAGS:
+        kind = "avx512"
+    if not kind:
+        return ""
     try:
         load()
-    except (OSError, subprocess.CalledProcessError) as error:
+        if kind == "avx512":
+            torch.ops.selfspec_cpu.avx512_int8_linear  # noqa: B018  # the compiler may know no AVX-512
+    except (OSError, AttributeError, subprocess.CalledProcessError) as error:
         reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
         logger.warning(
-            "selfspec cannot build its kernels for this CPU, so drafting and verifying stay slow here: install g++, or "
-            "name a compiler in CXX. (%s)",
+            "selfspec cannot build its kernels for this CPU, so %s slow here: install g++ 11 or newer, or name a "
+            "compiler in CXX. (%s)",
+            "drafting stays" if kind == "avx512" else "drafting and verifying stay",
             reason,
         )
-        return False
-    return True
+        return ""
+    return kind
+
+
+def half_layers_need_kernels() -> bool:
+    """True where the model's own bfloat16 and float16 layers are better served by these kernels than by vLLM's."""
+    return own_kernels() == "avx2"
 
 
 def library_in_use() -> str:
     """File name of the library whose kernels engines use here; empty where they use vLLM's."""
-    return library_path().name if rows_kernels() else ""
+    return library_path().name if own_kernels() else ""
 
 
 @functools.cache
@@ -70,17 +86,20 @@ def load() -> None:
         build(path)
     torch.ops.load_library(str(path))
     for name in ("rows_linear", "int8_linear", "int4_linear"):
-        torch.library.register_fake(f"selfspec_cpu::{name}", _fake)
-
-
-def _fake(x: torch.Tensor, weight: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+        torch.library.register_fake(f"selfspec_cpu::{name}", lambda x, weight, *rest: x.new_empty(len(x), len(weight)))
+    if hasattr(torch.ops.selfspec_cpu, "avx512_int8_linear"):
+        torch.library.register_fake(
+            "selfspec_cpu::avx512_int8_linear", lambda x, weight, scale, bias: x.new_empty(len(x), len(scale))
+        )
+        torch.library.register_fake(
+            "selfspec_cpu::avx512_int4_linear", lambda x, weight, outputs, bias: x.new_empty(len(x), outputs)
+        )
 
 
 def library_path() -> Path:
     """Where the library of this source, torch and CPU is kept."""
     parts = (
-        SOURCE.read_text(),
+        *(path.read_text() for path in sorted(SOURCES.iterdir())),
         " ".join(COMPILE + LINK),
         torch.__version__,
         _compiler(),
@@ -95,16 +114,20 @@ def build(path: Path) -> None:
     """Compile the library; processes that build it at the same time do not disturb each other."""
     logger.info("selfspec builds its CPU kernels (once per machine).")
     path.parent.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{include}" for include in cpp_extension.include_paths()]
+    libraries = [f"-L{folder}" for folder in cpp_extension.library_paths()]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        object_file, library = Path(folder) / "cpu_rows.o", Path(folder) / path.name
-        includes = [f"-I{include}" for include in cpp_extension.include_paths()]
-        libraries = [f"-L{folder}" for folder in cpp_extension.library_paths()]
-        for command in (
-            [_compiler(), *COMPILE, *includes, str(SOURCE), "-o", str(object_file)],
-            [_compiler(), str(object_file), *libraries, *LINK, "-o", str(library)],
-        ):
-            subprocess.run(command, check=True, capture_output=True, text=True)
+        library = Path(folder) / path.name
+        objects = []
+        for source in sorted(SOURCES.glob("*.cpp")):
+            objects.append(f"{folder}/{source.stem}.o")
+            _run([_compiler(), *COMPILE, *includes, str(source), "-o", objects[-1]])
+        _run([_compiler(), *objects, *libraries, *LINK, "-o", str(library)])
         library.replace(path)
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def _compiler() -> str:

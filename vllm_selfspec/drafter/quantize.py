@@ -1,7 +1,7 @@
 """Linear weights at the drafter's precision: quantized once, applied many times, refreshed in place.
 
-On CPU: int8 (W8A8, per output channel and per token, oneDNN), int4 (groups of the input dimension, ATen), and both,
-where the number of rows decides. CPUs without AVX-512 have kernels of their own, see `quantize_rows.py`.
+On CPU: int8 (W8A8, per output channel and per token), int4 (groups of the input dimension), and both, where the
+number of rows decides. By the kernels of `quantize_rows.py`, or oneDNN's and ATen's on CPUs that these are not for.
 On CUDA: vLLM's own kernel classes, see `quantize_cuda.py`.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from vllm_selfspec.config import ConfigError, Precision
-from vllm_selfspec.drafter.cpu_kernels import rows_kernels
+from vllm_selfspec.drafter.cpu_kernels import own_kernels
 
 INT4_GROUP = 64
 
@@ -165,7 +165,7 @@ def default_precision(device_type: str) -> Precision:
     if device_type == "cpu":
         from vllm import _custom_ops as ops
 
-        return "int8" if ops._supports_onednn or rows_kernels() else "native"
+        return "int8" if ops._supports_onednn or own_kernels() else "native"
     from vllm_selfspec.drafter.quantize_cuda import default_cuda_precision
 
     return default_cuda_precision()
@@ -184,7 +184,7 @@ def choose_precision(field: str, asked: Precision | None, device_type: str) -> P
     if device_type == "cpu":
         import vllm._custom_ops  # noqa: F401  # registers the kernels
 
-        int8 = rows_kernels() or hasattr(torch.ops._C, "create_onednn_scaled_mm_handler")
+        int8 = own_kernels() or hasattr(torch.ops._C, "create_onednn_scaled_mm_handler")
         usable = ["native", "int4", *(["int8", "int4+int8"] if int8 else [])]
     else:
         from vllm_selfspec.drafter.quantize_cuda import usable_precisions
@@ -211,8 +211,13 @@ def quantize(weight: torch.Tensor, precision: Precision) -> QuantizedLinear:
         return CudaLinear(weight, precision)
     kinds: dict[str, Callable[[torch.Tensor], QuantizedLinear]]
     kinds = {"int8": CpuInt8Linear, "int4": CpuInt4Linear, "int4+int8": CpuMixedLinear}
-    if rows_kernels():
+    own = own_kernels()
+    if own == "avx2":
         from vllm_selfspec.drafter.quantize_rows import RowsInt4Linear, RowsInt8Linear
 
         kinds |= {"int8": RowsInt8Linear, "int4": RowsInt4Linear}
+    elif own == "avx512":
+        from vllm_selfspec.drafter.quantize_rows import Avx512Int4Linear, Avx512Int8Linear
+
+        kinds |= {"int8": Avx512Int8Linear, "int4": Avx512Int4Linear}
     return kinds[precision](weight)

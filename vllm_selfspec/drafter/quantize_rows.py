@@ -1,4 +1,4 @@
-"""Drafter weights for x86 CPUs without AVX-512, applied by the kernels of `cpu_kernels.py`."""
+"""Drafter weights for x86 CPUs, applied by the kernels of `cpu_kernels.py`."""
 
 from __future__ import annotations
 
@@ -10,30 +10,28 @@ from vllm_selfspec.drafter.quantize import INT4_GROUP, QuantizedLinear
 _PADDING = 64
 """The kernels read whole blocks of so many inputs."""
 
+_BLOCK = 16
+"""The kernels for AVX-512 compute whole blocks of so many outputs."""
+
 
 class RowsLinear(QuantizedLinear):
     """A weight [N, K] in a few tensors, which a refresh overwrites, and the product that reads them."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         load()
+        self._outputs = weight.shape[0]
         self._tensors = self._room(*weight.shape)
         self.refresh(weight)
 
-    @staticmethod
-    def _room(outputs: int, inputs: int) -> tuple[torch.Tensor, ...]:
+    def _room(self, outputs: int, inputs: int) -> tuple[torch.Tensor, ...]:
         """The tensors of a weight [outputs, inputs], zeros."""
         raise NotImplementedError
 
-    @staticmethod
-    def _product(rows: torch.Tensor, tensors: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> torch.Tensor:
-        raise NotImplementedError
-
-    def refresh(self, weight: torch.Tensor) -> None:
+    def _product(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         raise NotImplementedError
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        out = self._product(x.reshape(-1, x.shape[-1]), self._tensors, bias)
-        return out.reshape(*x.shape[:-1], out.shape[-1])
+        return self._product(x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], self._outputs)
 
     @property
     def nbytes(self) -> int:
@@ -43,29 +41,25 @@ class RowsLinear(QuantizedLinear):
 class RowsInt8Linear(RowsLinear):
     """Symmetric int8 per output channel, activations quantized per token."""
 
-    @staticmethod
-    def _room(outputs: int, inputs: int) -> tuple[torch.Tensor, ...]:
+    def _room(self, outputs: int, inputs: int) -> tuple[torch.Tensor, ...]:
         """int8 [N, K padded with zeros], float32 scales [N]."""
-        padded = inputs + -inputs % _PADDING
         return (
-            torch.zeros(outputs, padded, dtype=torch.int8, device="cpu"),
+            torch.zeros(outputs, inputs + -inputs % _PADDING, dtype=torch.int8, device="cpu"),
             torch.zeros(outputs, dtype=torch.float32, device="cpu"),
         )
 
     def refresh(self, weight: torch.Tensor) -> None:
         torch.ops.selfspec_cpu.quantize_int8(weight, *self._tensors)
 
-    @staticmethod
-    def _product(rows: torch.Tensor, tensors: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> torch.Tensor:
-        quantized, scale = tensors
+    def _product(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        quantized, scale = self._tensors
         return torch.ops.selfspec_cpu.int8_linear(rows, quantized, scale, bias)
 
 
 class RowsInt4Linear(RowsLinear):
     """Asymmetric int4 in groups of 64 inputs, activations quantized to int8 per token and group."""
 
-    @staticmethod
-    def _room(outputs: int, inputs: int) -> tuple[torch.Tensor, ...]:
+    def _room(self, outputs: int, inputs: int) -> tuple[torch.Tensor, ...]:
         """uint8 [N, 32 G], a group's first 32 inputs in the low half bytes; bfloat16 scales and minima [N, G, 2]."""
         groups = -(-inputs // INT4_GROUP)
         return (
@@ -76,7 +70,41 @@ class RowsInt4Linear(RowsLinear):
     def refresh(self, weight: torch.Tensor) -> None:
         torch.ops.selfspec_cpu.quantize_int4(weight, *self._tensors)
 
-    @staticmethod
-    def _product(rows: torch.Tensor, tensors: tuple[torch.Tensor, ...], bias: torch.Tensor | None) -> torch.Tensor:
-        packed, scale_and_min = tensors
+    def _product(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        packed, scale_and_min = self._tensors
         return torch.ops.selfspec_cpu.int4_linear(rows, packed, scale_and_min, bias)
+
+
+class Avx512Int8Linear(RowsLinear):
+    """The values of `RowsInt8Linear`, in the order of the kernels for AVX-512."""
+
+    def _room(self, outputs: int, inputs: int) -> tuple[torch.Tensor, ...]:
+        """uint8 [N / 16, K / 64, 16, 16, 4], which is int8 + 128; float32 scales [N]."""
+        blocks, groups = -(-outputs // _BLOCK), -(-inputs // _PADDING)
+        return (
+            torch.zeros(blocks, groups, _PADDING // 4, _BLOCK, 4, dtype=torch.uint8, device="cpu"),
+            torch.zeros(outputs, dtype=torch.float32, device="cpu"),
+        )
+
+    def refresh(self, weight: torch.Tensor) -> None:
+        torch.ops.selfspec_cpu.avx512_quantize_int8(weight, *self._tensors)
+
+    def _product(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        quantized, scale = self._tensors
+        return torch.ops.selfspec_cpu.avx512_int8_linear(rows, quantized, scale, bias)
+
+
+class Avx512Int4Linear(RowsLinear):
+    """The values of `RowsInt4Linear`, in the order of the kernels for AVX-512."""
+
+    def _room(self, outputs: int, inputs: int) -> tuple[torch.Tensor, ...]:
+        """uint8 [N / 16, K / 64, 576]: 512 of half bytes, then sixteen scales and sixteen minima in bfloat16."""
+        blocks, groups = -(-outputs // _BLOCK), -(-inputs // INT4_GROUP)
+        size = INT4_GROUP * _BLOCK // 2 + 2 * 2 * _BLOCK
+        return (torch.zeros(blocks, groups, size, dtype=torch.uint8, device="cpu"),)
+
+    def refresh(self, weight: torch.Tensor) -> None:
+        torch.ops.selfspec_cpu.avx512_quantize_int4(weight, *self._tensors, self._outputs)
+
+    def _product(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.ops.selfspec_cpu.avx512_int4_linear(rows, *self._tensors, self._outputs, bias)

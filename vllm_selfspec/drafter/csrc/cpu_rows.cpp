@@ -11,57 +11,9 @@
 //   quantize_int8, quantize_int4   fill these weights from [N, K] float32, bfloat16 or float16, reading it once: a drafter
 //                                  follows every update of its target
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <immintrin.h>
-#include <torch/library.h>
-
-#include <algorithm>
-#include <cmath>
-#include <optional>
-#include <type_traits>
-#include <vector>
+#include "cpu_common.h"
 
 namespace {
-
-constexpr int64_t kGroup = 64;
-
-// --- eight values at a time ------------------------------------------------------------------------------------------
-
-inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
-
-inline __m256 load8(const at::BFloat16* p) {
-  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-}
-
-inline __m256 load8(const at::Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-
-inline float sum8(__m256 v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-
-inline int sum8(__m256i v) {
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
-  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
-}
-
-inline __m256 abs8(__m256 v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
-
-inline float max8(__m256 v) {
-  alignas(32) float each[8];
-  _mm256_store_ps(each, v);
-  return *std::max_element(each, each + 8);
-}
-
-// Four times eight int32 as 32 bytes. Packing works on halves of a vector: the permutation puts the bytes in order.
-inline __m256i bytes32(const __m256i q[4]) {
-  const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
-  return _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-}
 
 inline __m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
@@ -70,54 +22,6 @@ inline __m256i load32(const void* p) { return _mm256_loadu_si256(static_cast<con
 inline __m256i dot32(__m256i u, __m256i s) {
   return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1));
 }
-
-// --- activations -----------------------------------------------------------------------------------------------------
-
-template <typename T>
-void widen(const T* in, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(in[i]);
-}
-
-// Rows quantized to int8 in groups of `group` inputs, padded with zeros to a multiple of kGroup.
-struct QuantizedRows {
-  int64_t padded, groups;
-  std::vector<int8_t> values;  // [M, padded]
-  std::vector<float> scales;   // [M, groups]
-  std::vector<float> sums;     // [M, groups] of what the int8 values stand for
-
-  template <typename T>
-  QuantizedRows(const T* x, int64_t rows, int64_t columns, int64_t padded_columns, int64_t group)
-      : padded(padded_columns),
-        groups(padded_columns / group),
-        values(rows * padded_columns, 0),
-        scales(rows * groups),
-        sums(rows * groups) {
-    std::vector<float> wide(padded_columns, 0.0f);
-    for (int64_t m = 0; m < rows; ++m) {
-      widen(x + m * columns, wide.data(), columns);
-      for (int64_t g = 0; g < groups; ++g) {
-        const float* part = wide.data() + g * group;
-        __m256 most8 = _mm256_setzero_ps();
-        for (int64_t i = 0; i < group; i += 8) most8 = _mm256_max_ps(most8, abs8(_mm256_loadu_ps(part + i)));
-        const float most = max8(most8);
-        const float scale = most / 127.0f, inverse = most > 0.0f ? 127.0f / most : 0.0f;
-        int8_t* out = values.data() + m * padded + g * group;
-        __m256i total8 = _mm256_setzero_si256();
-        for (int64_t i = 0; i < group; i += 32) {
-          __m256i q[4];
-          for (int64_t j = 0; j < 4; ++j) {
-            q[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(part + i + 8 * j), _mm256_set1_ps(inverse)));
-            total8 = _mm256_add_epi32(total8, q[j]);
-          }
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bytes32(q));
-        }
-        const int total = sum8(total8);
-        scales[m * groups + g] = scale;
-        sums[m * groups + g] = scale * static_cast<float>(total);
-      }
-    }
-  }
-};
 
 // Which of the passes over the same weights this is: one for each block of rows.
 struct Pass {
@@ -314,32 +218,6 @@ inline void dispatch_tile(bool wide, int64_t rows, F f) {
   return f.template operator()<1, 1>();
 }
 
-// Calls f with the C++ type of a tensor's values.
-template <typename F>
-void for_type(const at::Tensor& tensor, F f) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: f.template operator()<float>(); break;
-    case at::kBFloat16: f.template operator()<at::BFloat16>(); break;
-    case at::kHalf: f.template operator()<at::Half>(); break;
-    default: TORCH_CHECK(false, "x and weights must be float32, bfloat16 or float16");
-  }
-}
-
-template <typename F>
-at::Tensor with_output(const at::Tensor& input, const std::optional<at::Tensor>& bias, int64_t outputs, F f) {
-  TORCH_CHECK(input.dim() == 2, "x must be [M, K]");
-  const at::Tensor x = input.contiguous();
-  at::Tensor out = at::empty({x.size(0), outputs}, x.options());
-  if (bias.has_value())
-    TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->numel() == outputs && bias->is_contiguous(),
-                "bias must be [N] of x's dtype");
-  for_type(x, [&]<typename T>() {
-    const T* b = bias.has_value() ? bias->const_data_ptr<T>() : nullptr;
-    f(x.const_data_ptr<T>(), out.mutable_data_ptr<T>(), b, x.size(0), x.size(1));
-  });
-  return out;
-}
-
 // rows_linear takes sums over kChunk inputs at a time, whatever the number of rows, so that a row's result does not
 // depend on the others. With more than four rows, four rows of x over a chunk stay in the nearest cache while kBlock
 // outputs are computed from them, and those weights in the next one while all rows pass. With up to four, weights are
@@ -464,25 +342,6 @@ at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& weight, const at::
 
 // --- quantizing weights -------------------------------------------------------------------------------------------------
 
-// One row to int8: the scale is 1/127 of the largest, at least 1e-12. Divided, not multiplied by the inverse, and halves
-// rounded to even: the same values as torch's operators give.
-template <typename W>
-float int8_row(const W* w, int64_t count, int8_t* out) {
-  __m256 most8 = _mm256_setzero_ps();
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) most8 = _mm256_max_ps(most8, abs8(load8(w + i)));
-  float most = max8(most8);
-  for (; i < count; ++i) most = std::max(most, std::abs(static_cast<float>(w[i])));
-  const float scale = std::max(most / 127.0f, 1e-12f);
-  for (i = 0; i + 32 <= count; i += 32) {
-    __m256i q[4];
-    for (int j = 0; j < 4; ++j) q[j] = _mm256_cvtps_epi32(_mm256_div_ps(load8(w + i + 8 * j), _mm256_set1_ps(scale)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), bytes32(q));
-  }
-  for (; i < count; ++i) out[i] = static_cast<int8_t>(std::nearbyint(static_cast<float>(w[i]) / scale));
-  return scale;
-}
-
 void quantize_int8(const at::Tensor& weight, at::Tensor out, at::Tensor scale) {
   const at::Tensor source = weight.contiguous();
   const int64_t outputs = source.size(0), inputs = source.size(1), padded = out.size(1);
@@ -494,26 +353,6 @@ void quantize_int8(const at::Tensor& weight, at::Tensor out, at::Tensor scale) {
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < outputs; ++n) scales[n] = int8_row(w + n * inputs, inputs, values + n * padded);
   });
-}
-
-// One group to 4 bits: the first half in the low half bytes. Scale and minimum are rounded to bfloat16 before use.
-void int4_group(const float* w, uint8_t* out, at::BFloat16* scale_and_min) {
-  __m256 low8 = _mm256_loadu_ps(w), high8 = low8;
-  for (int64_t i = 8; i < kGroup; i += 8) {
-    low8 = _mm256_min_ps(low8, _mm256_loadu_ps(w + i));
-    high8 = _mm256_max_ps(high8, _mm256_loadu_ps(w + i));
-  }
-  const float low = -max8(_mm256_sub_ps(_mm256_setzero_ps(), low8)), high = max8(high8);
-  scale_and_min[0] = std::max((high - low) / 15.0f, 1e-8f);
-  scale_and_min[1] = low;
-  const __m256 scale = _mm256_set1_ps(scale_and_min[0]), minimum = _mm256_set1_ps(scale_and_min[1]);
-  __m256i q[8];
-  for (int64_t i = 0; i < 8; ++i) {
-    const __m256 value = _mm256_div_ps(_mm256_sub_ps(_mm256_loadu_ps(w + 8 * i), minimum), scale);
-    q[i] = _mm256_min_epi32(_mm256_max_epi32(_mm256_cvtps_epi32(value), _mm256_setzero_si256()), _mm256_set1_epi32(15));
-  }
-  const __m256i both = _mm256_or_si256(bytes32(q), _mm256_slli_epi16(bytes32(q + 4), 4));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), both);
 }
 
 void quantize_int4(const at::Tensor& weight, at::Tensor out, at::Tensor scale_and_min) {
@@ -530,8 +369,13 @@ void quantize_int4(const at::Tensor& weight, at::Tensor out, at::Tensor scale_an
 #pragma omp for schedule(static)
       for (int64_t n = 0; n < outputs; ++n) {
         widen(w + n * inputs, wide.data(), inputs);
-        for (int64_t g = n * groups; g < (n + 1) * groups; ++g)
-          int4_group(wide.data() + (g - n * groups) * kGroup, values + g * kGroup / 2, scales + 2 * g);
+        for (int64_t g = n * groups; g < (n + 1) * groups; ++g) {
+          alignas(32) uint8_t q[kGroup];
+          int4_group(wide.data() + (g - n * groups) * kGroup, q, scales[2 * g], scales[2 * g + 1]);
+          // the first half of a group in the low half bytes
+          const __m256i both = _mm256_or_si256(load32(q), _mm256_slli_epi16(load32(q + 32), 4));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + g * kGroup / 2), both);
+        }
       }
     }
   });

@@ -1,0 +1,448 @@
+// Drafts on x86 CPUs with AVX-512 and VNNI: products of a few rows with quantized weights at the memory's speed.
+//
+// A weight is kept as a stream: for each block of sixteen outputs, for each group of 64 inputs, what the group's
+// products need, in the order in which they need it. A vector register holds four inputs of sixteen outputs, and one
+// VNNI instruction multiplies them with four inputs of a row, so that nothing is summed across a register.
+//
+//   avx512_int8_linear   weights [N / 16, K / 64, 16, 16, 4]: int8 + 128, a scale per output; activations int8 per row
+//   avx512_int4_linear   weights [N / 16, K / 64, 576]: 512 bytes of 4 bits (inputs 0 to 31 in the low halves, 32 to 63 in
+//                        the high ones), sixteen scales, sixteen minima in bfloat16; activations int8 per row and group
+//
+// x, bias and the result are as in cpu_rows.cpp. N and K are padded with zeros. A row's result does not depend on others.
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstring>
+
+#include "cpu_common.h"
+
+namespace {
+
+constexpr int64_t kOut = 16, kQuads = kGroup / 4;
+constexpr int64_t kInt8Bytes = kGroup * kOut, kScaleBytes = 2 * kOut * 2, kInt4Bytes = kGroup * kOut / 2 + kScaleBytes;
+constexpr int64_t kAhead = 4096;  // bytes of the stream asked for in advance
+
+template <int64_t BYTES>
+inline void ask_for(const uint8_t* p) {
+  for (int64_t i = 0; i < BYTES; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + kAhead + i), _MM_HINT_T0);
+}
+
+inline __m512i load64(const void* p) { return _mm512_loadu_si512(p); }
+
+// The same four inputs of a row for all outputs.
+inline __m512i four(const int8_t* x) {
+  int32_t quad;
+  std::memcpy(&quad, x, 4);
+  return _mm512_set1_epi32(quad);
+}
+
+inline __m512 widen16(__m256i bfloats) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloats), 16)); }
+
+// Sixteen outputs of one row, the first `count` of them stored.
+inline void store16(__m512 v, float* out, __mmask16 which) { _mm512_mask_storeu_ps(out, which, v); }
+
+inline void store16(__m512 v, at::Half* out, __mmask16 which) {
+  _mm256_mask_storeu_epi16(out, which, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+inline void store16(__m512 v, at::BFloat16* out, __mmask16 which) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
+  const __m512i quiet = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC0));
+  _mm256_mask_storeu_epi16(out, which, _mm512_cvtepi32_epi16(quiet));
+}
+
+inline __m512 load16(const float* p, __mmask16 which) { return _mm512_maskz_loadu_ps(which, p); }
+inline __m512 load16(const at::Half* p, __mmask16 which) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(which, p)); }
+inline __m512 load16(const at::BFloat16* p, __mmask16 which) { return widen16(_mm256_maskz_loadu_epi16(which, p)); }
+
+inline __m512 int8_result(__m512i sum, const QuantizedRows& x, int64_t m) {
+  // the weights are 128 too great, so each input of the row was counted 128 times too often
+  const __m512i exact = _mm512_sub_epi32(sum, _mm512_set1_epi32(128 * x.totals[m]));
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_set1_ps(x.scales[m]));
+}
+
+// Scales and minima of a group of sixteen outputs.
+struct Int4Scales {
+  __m512 scale, minimum;
+
+  explicit Int4Scales(const uint8_t* w) {
+    const __m512i both = load64(w + kGroup * kOut / 2);
+    scale = widen16(_mm512_castsi512_si256(both));
+    minimum = widen16(_mm512_extracti64x4_epi64(both, 1));
+  }
+
+  // `sum` of the products of integers, of the row and group `at`, as what it stands for.
+  __m512 add(__m512 result, __m512i sum, const QuantizedRows& x, int64_t at) const {
+    const __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(x.scales[at]));
+    return _mm512_fmadd_ps(minimum, _mm512_set1_ps(x.sums[at]), _mm512_fmadd_ps(product, scale, result));
+  }
+};
+
+// --- with VNNI: products of ROWS rows from `m` on with the sixteen outputs whose weights begin at `w` -----------------
+
+template <int ROWS>
+inline void int8_block(const uint8_t* w, const QuantizedRows& x, int64_t m, __m512 result[ROWS]) {
+  __m512i acc[ROWS];
+  const int8_t* row[ROWS];
+  for (int i = 0; i < ROWS; ++i) {
+    acc[i] = _mm512_setzero_si512();
+    row[i] = x.values.data() + (m + i) * x.padded;
+  }
+  for (int64_t k = 0; k < x.padded; k += kGroup, w += kInt8Bytes) {
+    ask_for<kInt8Bytes>(w);
+    for (int64_t q = 0; q < kQuads; ++q) {
+      const __m512i weight = load64(w + 64 * q);
+      for (int i = 0; i < ROWS; ++i) acc[i] = _mm512_dpbusd_epi32(acc[i], weight, four(row[i] + k + 4 * q));
+    }
+  }
+  for (int i = 0; i < ROWS; ++i) result[i] = int8_result(acc[i], x, m + i);
+}
+
+template <int ROWS>
+inline void int4_block(const uint8_t* w, const QuantizedRows& x, int64_t m, __m512 result[ROWS]) {
+  const __m512i mask = _mm512_set1_epi8(15);
+  const int8_t* row[ROWS];
+  for (int i = 0; i < ROWS; ++i) {
+    result[i] = _mm512_setzero_ps();
+    row[i] = x.values.data() + (m + i) * x.padded;
+  }
+  for (int64_t g = 0; g < x.groups; ++g, w += kInt4Bytes) {
+    ask_for<kInt4Bytes>(w);
+    __m512i acc[ROWS];
+    for (int i = 0; i < ROWS; ++i) acc[i] = _mm512_setzero_si512();
+    for (int64_t q = 0; q < kQuads / 2; ++q) {
+      const __m512i packed = load64(w + 64 * q);
+      const __m512i first = _mm512_and_si512(packed, mask);
+      const __m512i second = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
+      for (int i = 0; i < ROWS; ++i) {
+        const int8_t* part = row[i] + g * kGroup + 4 * q;
+        acc[i] = _mm512_dpbusd_epi32(acc[i], first, four(part));
+        acc[i] = _mm512_dpbusd_epi32(acc[i], second, four(part + kGroup / 2));
+      }
+    }
+    const Int4Scales scales(w);
+    for (int i = 0; i < ROWS; ++i) result[i] = scales.add(result[i], acc[i], x, (m + i) * x.groups + g);
+  }
+}
+
+constexpr int64_t kPass = 8;  // rows whose sums registers hold beside the weights
+
+// Calls f.operator()<ROWS>() for 1 to kPass rows.
+template <typename F>
+inline void with_rows(int64_t rows, F f) {
+  switch (rows) {
+    case 1: return f.template operator()<1>();
+    case 2: return f.template operator()<2>();
+    case 3: return f.template operator()<3>();
+    case 4: return f.template operator()<4>();
+    case 5: return f.template operator()<5>();
+    case 6: return f.template operator()<6>();
+    case 7: return f.template operator()<7>();
+    default: return f.template operator()<kPass>();
+  }
+}
+
+// --- with AMX: up to 32 rows read a weight once ------------------------------------------------------------------------
+
+#ifdef __AMX_INT8__
+
+// All tiles have sixteen rows of 64 bytes: two of sums (0, 1), two of rows of x (2, 3), one of weights (4).
+struct Tiles {
+  Tiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// Adds to the tiles of sums the products of 64 inputs of `x` with weights, sixteen quads of sixteen outputs.
+template <bool TWO>
+inline void tile_products(const void* weights, const int8_t* x, int64_t stride) {
+  _tile_loadd(4, weights, 64);
+  _tile_loadd(2, x, stride);
+  _tile_dpbsud(0, 2, 4);
+  if constexpr (TWO) {
+    _tile_loadd(3, x + 16 * stride, stride);
+    _tile_dpbsud(1, 3, 4);
+  }
+}
+
+template <bool TWO>
+inline void zero_sums() {
+  _tile_zero(0);
+  if constexpr (TWO) _tile_zero(1);
+}
+
+template <bool TWO>
+inline void store_sums(int32_t* sums) {
+  _tile_stored(0, sums, 64);
+  if constexpr (TWO) _tile_stored(1, sums + 16 * kOut, 64);
+}
+
+template <bool TWO>
+inline void int8_tiles(const uint8_t* w, const QuantizedRows& x, int64_t m, int64_t count, __m512* result) {
+  alignas(64) int32_t sums[2 * 16 * kOut];
+  zero_sums<TWO>();
+  for (int64_t k = 0; k < x.padded; k += kGroup, w += kInt8Bytes) {
+    ask_for<kInt8Bytes>(w);
+    tile_products<TWO>(w, x.values.data() + m * x.padded + k, x.padded);
+  }
+  store_sums<TWO>(sums);
+  for (int64_t i = 0; i < count; ++i) result[i] = int8_result(load64(sums + i * kOut), x, m + i);
+}
+
+// Four bits of each weight as a byte of its own.
+inline void int4_bytes(const uint8_t* w, uint8_t* out) {
+  const __m512i mask = _mm512_set1_epi8(15);
+  for (int64_t q = 0; q < kQuads / 2; ++q) {
+    const __m512i packed = load64(w + 64 * q);
+    _mm512_store_si512(out + 64 * q, _mm512_and_si512(packed, mask));
+    _mm512_store_si512(out + 64 * (q + kQuads / 2), _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask));
+  }
+}
+
+// Each group passes three stages, a group apart, so that none waits for what the one before it has just stored.
+template <bool TWO>
+inline void int4_tiles(const uint8_t* w, const QuantizedRows& x, int64_t m, int64_t count, __m512* result) {
+  alignas(64) uint8_t weights[2][kGroup * kOut];
+  alignas(64) int32_t sums[2][2 * 16 * kOut];
+  for (int64_t i = 0; i < count; ++i) result[i] = _mm512_setzero_ps();
+  int4_bytes(w, weights[0]);
+  for (int64_t g = 0; g <= x.groups; ++g, w += kInt4Bytes) {
+    ask_for<kInt4Bytes>(w);
+    if (g + 1 < x.groups) int4_bytes(w + kInt4Bytes, weights[(g + 1) % 2]);
+    if (g < x.groups) {
+      zero_sums<TWO>();
+      tile_products<TWO>(weights[g % 2], x.values.data() + m * x.padded + g * kGroup, x.padded);
+      store_sums<TWO>(sums[g % 2]);
+    }
+    if (g == 0) continue;
+    const Int4Scales scales(w - kInt4Bytes);
+    const int32_t* done = sums[(g - 1) % 2];
+    for (int64_t i = 0; i < count; ++i)
+      result[i] = scales.add(result[i], load64(done + i * kOut), x, (m + i) * x.groups + g - 1);
+  }
+}
+
+bool allow_tiles() {
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+
+const bool kTiles = allow_tiles();
+#else
+constexpr bool kTiles = false;
+#endif
+
+constexpr int64_t kTileFrom = 4;  // rows from which on tiles are faster
+
+int64_t room_for(int64_t rows) { return kTiles && rows >= kTileFrom ? (rows + 15) / 16 * 16 : rows; }
+
+// All rows of all outputs. KERNEL has pass<ROWS>(block, m, result) and tiles<TWO>(block, m, count, result), which give
+// sixteen outputs of each row, and finish(value, n, which), the last word before the bias is added.
+template <typename T, typename Kernel>
+void blocks(T* out, const T* bias, int64_t rows, int64_t outputs, const Kernel& kernel) {
+#pragma omp parallel
+  {
+    __m512 result[32];
+    const auto store = [&](int64_t block, int64_t m, int64_t count) {
+      const int64_t n = block * kOut;
+      const auto which = static_cast<__mmask16>((1u << std::min(kOut, outputs - n)) - 1);
+      const __m512 added = bias != nullptr ? load16(bias + n, which) : _mm512_setzero_ps();
+      for (int64_t i = 0; i < count; ++i)
+        store16(_mm512_add_ps(kernel.finish(result[i], n, which), added), out + (m + i) * outputs + n, which);
+    };
+    const int64_t last = (outputs + kOut - 1) / kOut;
+    if (kTiles && rows >= kTileFrom) {
+#ifdef __AMX_INT8__
+      const Tiles tiles;
+#pragma omp for schedule(static)
+      for (int64_t block = 0; block < last; ++block)
+        for (int64_t m = 0; m < rows; m += 32) {
+          const int64_t count = std::min<int64_t>(32, rows - m);
+          if (count > 16)
+            kernel.template tiles<true>(block, m, count, result);
+          else
+            kernel.template tiles<false>(block, m, count, result);
+          store(block, m, count);
+        }
+#endif
+    } else {
+#pragma omp for schedule(static)
+      for (int64_t block = 0; block < last; ++block)
+        for (int64_t m = 0; m < rows; m += kPass) {
+          const int64_t count = std::min(kPass, rows - m);
+          with_rows(count, [&]<int ROWS>() { kernel.template pass<ROWS>(block, m, result); });
+          store(block, m, count);
+        }
+    }
+  }
+}
+
+struct Int8Kernel {
+  const uint8_t* weights;
+  const float* scales;
+  const QuantizedRows& x;
+
+  const uint8_t* stream(int64_t block) const { return weights + block * kOut * x.padded; }
+
+  template <int ROWS>
+  void pass(int64_t block, int64_t m, __m512* result) const {
+    int8_block<ROWS>(stream(block), x, m, result);
+  }
+
+#ifdef __AMX_INT8__
+  template <bool TWO>
+  void tiles(int64_t block, int64_t m, int64_t count, __m512* result) const {
+    int8_tiles<TWO>(stream(block), x, m, count, result);
+  }
+#endif
+
+  __m512 finish(__m512 value, int64_t n, __mmask16 which) const {
+    return _mm512_mul_ps(value, load16(scales + n, which));
+  }
+};
+
+struct Int4Kernel {
+  const uint8_t* weights;
+  const QuantizedRows& x;
+
+  const uint8_t* stream(int64_t block) const { return weights + block * x.groups * kInt4Bytes; }
+
+  template <int ROWS>
+  void pass(int64_t block, int64_t m, __m512* result) const {
+    int4_block<ROWS>(stream(block), x, m, result);
+  }
+
+#ifdef __AMX_INT8__
+  template <bool TWO>
+  void tiles(int64_t block, int64_t m, int64_t count, __m512* result) const {
+    int4_tiles<TWO>(stream(block), x, m, count, result);
+  }
+#endif
+
+  __m512 finish(__m512 value, int64_t, __mmask16) const { return value; }
+};
+
+at::Tensor avx512_int8_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
+                              const std::optional<at::Tensor>& bias) {
+  const int64_t outputs = scale.numel(), padded = weight.size(1) * kGroup;
+  TORCH_CHECK(weight.scalar_type() == at::kByte && weight.is_contiguous() && padded >= x.size(-1) &&
+                  weight.numel() == (outputs + kOut - 1) / kOut * kOut * padded && scale.scalar_type() == at::kFloat,
+              "weight must be uint8 [N / 16, K / 64, 16, 16, 4], scale float32 [N]");
+  const uint8_t* w = weight.const_data_ptr<uint8_t>();
+  const float* scales = scale.const_data_ptr<float>();
+  return with_output(x, bias, outputs, [&](const auto* in, auto* out, const auto* b, int64_t rows, int64_t k) {
+    const QuantizedRows quantized(in, rows, k, padded, padded, room_for(rows));
+    blocks(out, b, rows, outputs, Int8Kernel{w, scales, quantized});
+  });
+}
+
+at::Tensor avx512_int4_linear(const at::Tensor& x, const at::Tensor& weight, int64_t outputs,
+                              const std::optional<at::Tensor>& bias) {
+  const int64_t groups = weight.size(1);
+  TORCH_CHECK(weight.scalar_type() == at::kByte && weight.is_contiguous() && groups * kGroup >= x.size(-1) &&
+                  weight.size(0) == (outputs + kOut - 1) / kOut && weight.size(2) == kInt4Bytes,
+              "weight must be uint8 [N / 16, K / 64, ", kInt4Bytes, "]");
+  const uint8_t* w = weight.const_data_ptr<uint8_t>();
+  return with_output(x, bias, outputs, [&](const auto* in, auto* out, const auto* b, int64_t rows, int64_t k) {
+    const QuantizedRows quantized(in, rows, k, groups * kGroup, kGroup, room_for(rows));
+    blocks(out, b, rows, outputs, Int4Kernel{w, quantized});
+  });
+}
+
+// --- quantizing weights ----------------------------------------------------------------------------------------------
+
+inline uint32_t quad_at(const uint8_t* values) {
+  uint32_t quad;
+  std::memcpy(&quad, values, 4);
+  return quad;
+}
+
+void avx512_quantize_int8(const at::Tensor& weight, at::Tensor out, at::Tensor scale) {
+  const at::Tensor source = weight.contiguous();
+  const int64_t outputs = source.size(0), inputs = source.size(1), padded = out.size(1) * kGroup;
+  TORCH_CHECK(scale.numel() == outputs && inputs <= padded && padded < inputs + kGroup,
+              "the weight has another shape");
+  float* scales = scale.data_ptr<float>();
+  auto* stream = reinterpret_cast<uint32_t*>(out.data_ptr<uint8_t>());
+  for_type(source, [&]<typename W>() {
+    const W* w = source.const_data_ptr<W>();
+#pragma omp parallel
+    {
+      std::vector<int8_t> values(kOut * padded, 0);
+#pragma omp for schedule(static)
+      for (int64_t block = 0; block < (outputs + kOut - 1) / kOut; ++block) {
+        const int64_t first = block * kOut, count = std::min(kOut, outputs - first);
+        if (count < kOut) std::fill(values.begin(), values.end(), 0);
+        for (int64_t n = 0; n < count; ++n)
+          scales[first + n] = int8_row(w + (first + n) * inputs, inputs, values.data() + n * padded);
+        const auto* bytes = reinterpret_cast<const uint8_t*>(values.data());
+        uint32_t* to = stream + first * padded / 4;
+        for (int64_t q = 0; q < padded / 4; ++q)
+          for (int64_t n = 0; n < kOut; ++n) *to++ = quad_at(bytes + n * padded + 4 * q) ^ 0x80808080u;
+      }
+    }
+  });
+}
+
+void avx512_quantize_int4(const at::Tensor& weight, at::Tensor out, int64_t outputs) {
+  const at::Tensor source = weight.contiguous();
+  const int64_t inputs = source.size(1), groups = out.size(1);
+  TORCH_CHECK(source.size(0) == outputs && (outputs + kOut - 1) / kOut == out.size(0) && (inputs + kGroup - 1) / kGroup == groups,
+              "the weight has another shape");
+  uint8_t* stream = out.data_ptr<uint8_t>();
+  for_type(source, [&]<typename W>() {
+    const W* w = source.const_data_ptr<W>();
+#pragma omp parallel
+    {
+      std::vector<float> wide(kOut * groups * kGroup, 0.0f);
+#pragma omp for schedule(static)
+      for (int64_t block = 0; block < out.size(0); ++block) {
+        const int64_t first = block * kOut, count = std::min(kOut, outputs - first);
+        if (count < kOut) std::fill(wide.begin(), wide.end(), 0.0f);
+        for (int64_t n = 0; n < count; ++n) widen(w + (first + n) * inputs, wide.data() + n * groups * kGroup, inputs);
+        for (int64_t g = 0; g < groups; ++g) {
+          alignas(64) uint8_t q[kOut][kGroup];
+          at::BFloat16 scales[2][kOut];
+          for (int64_t n = 0; n < kOut; ++n)
+            int4_group(wide.data() + (n * groups + g) * kGroup, q[n], scales[0][n], scales[1][n]);
+          uint8_t* to = stream + (block * groups + g) * kInt4Bytes;
+          for (int64_t i = 0; i < kQuads / 2; ++i)
+            for (int64_t n = 0; n < kOut; ++n, to += 4) {
+              const uint32_t both = quad_at(q[n] + 4 * i) | quad_at(q[n] + kGroup / 2 + 4 * i) << 4;
+              std::memcpy(to, &both, 4);
+            }
+          std::memcpy(to, scales, kScaleBytes);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(selfspec_cpu, library) {
+  library.def("avx512_int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
+  library.def("avx512_int4_linear(Tensor x, Tensor weight, int outputs, Tensor? bias) -> Tensor");
+  library.def("avx512_quantize_int8(Tensor weight, Tensor(a!) out, Tensor(b!) scale) -> ()");
+  library.def("avx512_quantize_int4(Tensor weight, Tensor(a!) out, int outputs) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(selfspec_cpu, CPU, library) {
+  library.impl("avx512_int8_linear", avx512_int8_linear);
+  library.impl("avx512_int4_linear", avx512_int4_linear);
+  library.impl("avx512_quantize_int8", avx512_quantize_int8);
+  library.impl("avx512_quantize_int4", avx512_quantize_int4);
+}
+
+#endif
