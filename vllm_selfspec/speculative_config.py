@@ -83,6 +83,11 @@ def build(settings: SelfSpecConfig, model: ModelConfig, parallel: ParallelConfig
     )
 
 
+def one_scheduler_per_rank(parallel: ParallelConfig) -> bool:
+    """Whether each rank schedules for itself, so that all must decide alike from what all of them see."""
+    return parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1
+
+
 def check_engine(settings: SelfSpecConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
     """Refuse engines that selfspec does not support, each with one sentence."""
     if model.runner_type != "generate":
@@ -100,11 +105,11 @@ def check_engine(settings: SelfSpecConfig, model: ModelConfig, parallel: Paralle
             "data_parallel_size > 1 with control.mode 'adaptive' would let the ranks of a mixture of experts choose "
             "different draft lengths: set control.mode to 'fixed', or start one engine per rank."
         )
-    one_scheduler_per_rank = parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1
-    if one_scheduler_per_rank and settings.control.mode == "adaptive":
+    if one_scheduler_per_rank(parallel) and settings.control.mode == "adaptive" and settings.control.profile == "auto":
         raise ConfigError(
-            "distributed_executor_backend 'external_launcher' runs one scheduler per rank, and with control.mode "
-            "'adaptive' these would choose different draft lengths: set control.mode to 'fixed'."
+            "distributed_executor_backend 'external_launcher' runs one scheduler per rank, and with control.profile "
+            "'auto' each would measure times of its own and choose other draft lengths: set control.profile to the "
+            "path of one profile, or control.mode to 'fixed'."
         )
     if model.is_encoder_decoder:
         raise ConfigError("method selfspec does not support encoder-decoder models: remove the speculative config.")

@@ -15,8 +15,9 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.utils import cpp_extension
@@ -85,15 +86,24 @@ def load() -> None:
     if not path.exists():
         build(path)
     torch.ops.load_library(str(path))
-    for name in ("rows_linear", "int8_linear", "int4_linear"):
-        torch.library.register_fake(f"selfspec_cpu::{name}", lambda x, weight, *rest: x.new_empty(len(x), len(weight)))
-    if hasattr(torch.ops.selfspec_cpu, "avx512_int8_linear"):
-        torch.library.register_fake(
-            "selfspec_cpu::avx512_int8_linear", lambda x, weight, scale, bias: x.new_empty(len(x), len(scale))
-        )
-        torch.library.register_fake(
-            "selfspec_cpu::avx512_int4_linear", lambda x, weight, outputs, bias: x.new_empty(len(x), outputs)
-        )
+    for name, outputs in _OUTPUTS.items():
+        if hasattr(torch.ops.selfspec_cpu, name):
+            torch.library.register_fake(f"selfspec_cpu::{name}", functools.partial(_fake, outputs))
+
+
+_OUTPUTS: dict[str, Callable[..., int]] = {
+    "rows_linear": lambda weight, bias: weight.shape[0],
+    "int8_linear": lambda weight, scale, bias: weight.shape[0],
+    "int4_linear": lambda weight, scale_and_min, bias: weight.shape[0],
+    "avx512_int8_linear": lambda weight, scale, bias: scale.shape[0],
+    "avx512_int4_linear": lambda weight, outputs, bias: outputs,
+}
+"""Outputs of each product, from its arguments after the rows."""
+
+
+def _fake(outputs: Callable[..., int], x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    # x.shape[0], not len(x), which would fix the number of rows of a compiled graph.
+    return x.new_empty(x.shape[0], outputs(*rest))
 
 
 def library_path() -> Path:
