@@ -23,6 +23,7 @@ namespace {
 
 constexpr int64_t kOut = 16, kQuads = kGroup / 4;
 constexpr int64_t kInt8Bytes = kGroup * kOut, kScaleBytes = 2 * kOut * 2, kInt4Bytes = kGroup * kOut / 2 + kScaleBytes;
+
 constexpr int64_t kAhead = 4096;  // bytes of the stream asked for in advance
 
 template <int64_t BYTES>
@@ -31,13 +32,6 @@ inline void ask_for(const uint8_t* p) {
 }
 
 inline __m512i load64(const void* p) { return _mm512_loadu_si512(p); }
-
-// The same four inputs of a row for all outputs.
-inline __m512i four(const int8_t* x) {
-  int32_t quad;
-  std::memcpy(&quad, x, 4);
-  return _mm512_set1_epi32(quad);
-}
 
 inline __m512 widen16(__m256i bfloats) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloats), 16)); }
 
@@ -59,6 +53,13 @@ inline void store16(__m512 v, at::BFloat16* out, __mmask16 which) {
 inline __m512 load16(const float* p, __mmask16 which) { return _mm512_maskz_loadu_ps(which, p); }
 inline __m512 load16(const at::Half* p, __mmask16 which) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(which, p)); }
 inline __m512 load16(const at::BFloat16* p, __mmask16 which) { return widen16(_mm256_maskz_loadu_epi16(which, p)); }
+
+// The same four inputs of a row for all outputs.
+inline __m512i four(const int8_t* x) {
+  int32_t quad;
+  std::memcpy(&quad, x, 4);
+  return _mm512_set1_epi32(quad);
+}
 
 inline __m512 int8_result(__m512i sum, const QuantizedRows& x, int64_t m) {
   // the weights are 128 too great, so each input of the row was counted 128 times too often
@@ -147,56 +148,106 @@ inline void with_rows(int64_t rows, F f) {
   }
 }
 
-// --- with AMX: up to 32 rows read a weight once ------------------------------------------------------------------------
+constexpr int64_t kTileFrom = 4;  // rows from which on tiles are faster
 
 #ifdef __AMX_INT8__
 
-// All tiles have sixteen rows of 64 bytes: two of sums (0, 1), two of rows of x (2, 3), one of weights (4).
-struct Tiles {
-  Tiles() {
+// --- with AMX: up to 64 rows read a weight once ----------------------------------------------------------------------
+
+// The tiles of one thread, for up to 64 rows in blocks of sixteen: sums of each block (0 to 3), weights (4), rows of x of
+// a block that is not the last (5 and 6 in turn) and of the last (7), which may have fewer than sixteen.
+class Tiles {
+ public:
+  ~Tiles() {
+    if (configured_ != 0) _tile_release();
+  }
+
+  // From now on for so many rows, 1 to 64.
+  void set_rows(int64_t rows) {
+    if (rows == configured_) return;
+    configured_ = rows;
+    const int64_t last = (rows - 1) / 16;
+    const auto left = static_cast<uint8_t>(rows - 16 * last);
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
+    config.rows[last] = config.rows[7] = left;
     _tile_loadconfig(&config);
   }
-  ~Tiles() { _tile_release(); }
+
+ private:
+  int64_t configured_ = 0;
 };
 
-// Adds to the tiles of sums the products of 64 inputs of `x` with weights, sixteen quads of sixteen outputs.
-template <bool TWO>
-inline void tile_products(const void* weights, const int8_t* x, int64_t stride) {
-  _tile_loadd(4, weights, 64);
-  _tile_loadd(2, x, stride);
-  _tile_dpbsud(0, 2, 4);
-  if constexpr (TWO) {
-    _tile_loadd(3, x + 16 * stride, stride);
-    _tile_dpbsud(1, 3, 4);
+// Calls f.operator()<BLOCKS>() for so many rows, 1 to 64.
+template <typename F>
+inline void with_blocks(int64_t rows, F f) {
+  switch ((rows - 1) / 16) {
+    case 0: return f.template operator()<1>();
+    case 1: return f.template operator()<2>();
+    case 2: return f.template operator()<3>();
+    default: return f.template operator()<4>();
   }
 }
 
-template <bool TWO>
+template <int BLOCKS>
 inline void zero_sums() {
   _tile_zero(0);
-  if constexpr (TWO) _tile_zero(1);
+  if constexpr (BLOCKS > 1) _tile_zero(1);
+  if constexpr (BLOCKS > 2) _tile_zero(2);
+  if constexpr (BLOCKS > 3) _tile_zero(3);
 }
 
-template <bool TWO>
+template <int BLOCKS>
 inline void store_sums(int32_t* sums) {
   _tile_stored(0, sums, 64);
-  if constexpr (TWO) _tile_stored(1, sums + 16 * kOut, 64);
+  if constexpr (BLOCKS > 1) _tile_stored(1, sums + 16 * kOut, 64);
+  if constexpr (BLOCKS > 2) _tile_stored(2, sums + 32 * kOut, 64);
+  if constexpr (BLOCKS > 3) _tile_stored(3, sums + 48 * kOut, 64);
 }
 
-template <bool TWO>
+// Adds to the sums the products of 64 inputs of each row of `x`, whose rows are `stride` bytes apart, with a tile of weights.
+template <int BLOCKS>
+inline void tile_products(const void* weights, const int8_t* x, int64_t stride) {
+  _tile_loadd(4, weights, 64);
+  if constexpr (BLOCKS > 1) {
+    _tile_loadd(5, x, stride);
+    _tile_dpbsud(0, 5, 4);
+  }
+  if constexpr (BLOCKS > 2) {
+    _tile_loadd(6, x + 16 * stride, stride);
+    _tile_dpbsud(1, 6, 4);
+  }
+  if constexpr (BLOCKS > 3) {
+    _tile_loadd(5, x + 32 * stride, stride);
+    _tile_dpbsud(2, 5, 4);
+  }
+  _tile_loadd(7, x + 16 * (BLOCKS - 1) * stride, stride);
+  if constexpr (BLOCKS == 1) _tile_dpbsud(0, 7, 4);
+  if constexpr (BLOCKS == 2) _tile_dpbsud(1, 7, 4);
+  if constexpr (BLOCKS == 3) _tile_dpbsud(2, 7, 4);
+  if constexpr (BLOCKS == 4) _tile_dpbsud(3, 7, 4);
+}
+
+// Linux hands out the tiles' state on demand.
+bool allow_tiles() {
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+
+const bool kTiles = allow_tiles();
+
+template <int BLOCKS>
 inline void int8_tiles(const uint8_t* w, const QuantizedRows& x, int64_t m, int64_t count, __m512* result) {
-  alignas(64) int32_t sums[2 * 16 * kOut];
-  zero_sums<TWO>();
+  alignas(64) int32_t sums[BLOCKS * 16 * kOut];
+  zero_sums<BLOCKS>();
   for (int64_t k = 0; k < x.padded; k += kGroup, w += kInt8Bytes) {
     ask_for<kInt8Bytes>(w);
-    tile_products<TWO>(w, x.values.data() + m * x.padded + k, x.padded);
+    tile_products<BLOCKS>(w, x.values.data() + m * x.padded + k, x.padded);
   }
-  store_sums<TWO>(sums);
+  store_sums<BLOCKS>(sums);
   for (int64_t i = 0; i < count; ++i) result[i] = int8_result(load64(sums + i * kOut), x, m + i);
 }
 
@@ -211,19 +262,19 @@ inline void int4_bytes(const uint8_t* w, uint8_t* out) {
 }
 
 // Each group passes three stages, a group apart, so that none waits for what the one before it has just stored.
-template <bool TWO>
+template <int BLOCKS>
 inline void int4_tiles(const uint8_t* w, const QuantizedRows& x, int64_t m, int64_t count, __m512* result) {
   alignas(64) uint8_t weights[2][kGroup * kOut];
-  alignas(64) int32_t sums[2][2 * 16 * kOut];
+  alignas(64) int32_t sums[2][BLOCKS * 16 * kOut];
   for (int64_t i = 0; i < count; ++i) result[i] = _mm512_setzero_ps();
   int4_bytes(w, weights[0]);
   for (int64_t g = 0; g <= x.groups; ++g, w += kInt4Bytes) {
     ask_for<kInt4Bytes>(w);
     if (g + 1 < x.groups) int4_bytes(w + kInt4Bytes, weights[(g + 1) % 2]);
     if (g < x.groups) {
-      zero_sums<TWO>();
-      tile_products<TWO>(weights[g % 2], x.values.data() + m * x.padded + g * kGroup, x.padded);
-      store_sums<TWO>(sums[g % 2]);
+      zero_sums<BLOCKS>();
+      tile_products<BLOCKS>(weights[g % 2], x.values.data() + m * x.padded + g * kGroup, x.padded);
+      store_sums<BLOCKS>(sums[g % 2]);
     }
     if (g == 0) continue;
     const Int4Scales scales(w - kInt4Bytes);
@@ -233,27 +284,17 @@ inline void int4_tiles(const uint8_t* w, const QuantizedRows& x, int64_t m, int6
   }
 }
 
-bool allow_tiles() {
-  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-}
-
-const bool kTiles = allow_tiles();
 #else
 constexpr bool kTiles = false;
 #endif
 
-constexpr int64_t kTileFrom = 4;  // rows from which on tiles are faster
-
-int64_t room_for(int64_t rows) { return kTiles && rows >= kTileFrom ? (rows + 15) / 16 * 16 : rows; }
-
-// All rows of all outputs. KERNEL has pass<ROWS>(block, m, result) and tiles<TWO>(block, m, count, result), which give
-// sixteen outputs of each row, and finish(value, n, which), the last word before the bias is added.
+// All rows of all outputs. KERNEL has pass<ROWS>(block, m, result) and tiles<BLOCKS>(block, m, count, result), which
+// give sixteen outputs of each row, and finish(value, n, which), the last word before the bias is added.
 template <typename T, typename Kernel>
 void blocks(T* out, const T* bias, int64_t rows, int64_t outputs, const Kernel& kernel) {
 #pragma omp parallel
   {
-    __m512 result[32];
+    __m512 result[64];
     const auto store = [&](int64_t block, int64_t m, int64_t count) {
       const int64_t n = block * kOut;
       const auto which = static_cast<__mmask16>((1u << std::min(kOut, outputs - n)) - 1);
@@ -264,15 +305,13 @@ void blocks(T* out, const T* bias, int64_t rows, int64_t outputs, const Kernel& 
     const int64_t last = (outputs + kOut - 1) / kOut;
     if (kTiles && rows >= kTileFrom) {
 #ifdef __AMX_INT8__
-      const Tiles tiles;
+      Tiles tiles;
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < last; ++block)
-        for (int64_t m = 0; m < rows; m += 32) {
-          const int64_t count = std::min<int64_t>(32, rows - m);
-          if (count > 16)
-            kernel.template tiles<true>(block, m, count, result);
-          else
-            kernel.template tiles<false>(block, m, count, result);
+        for (int64_t m = 0; m < rows; m += 64) {
+          const int64_t count = std::min<int64_t>(64, rows - m);
+          tiles.set_rows(count);
+          with_blocks(count, [&]<int BLOCKS>() { kernel.template tiles<BLOCKS>(block, m, count, result); });
           store(block, m, count);
         }
 #endif
@@ -301,9 +340,9 @@ struct Int8Kernel {
   }
 
 #ifdef __AMX_INT8__
-  template <bool TWO>
+  template <int BLOCKS>
   void tiles(int64_t block, int64_t m, int64_t count, __m512* result) const {
-    int8_tiles<TWO>(stream(block), x, m, count, result);
+    int8_tiles<BLOCKS>(stream(block), x, m, count, result);
   }
 #endif
 
@@ -324,9 +363,9 @@ struct Int4Kernel {
   }
 
 #ifdef __AMX_INT8__
-  template <bool TWO>
+  template <int BLOCKS>
   void tiles(int64_t block, int64_t m, int64_t count, __m512* result) const {
-    int4_tiles<TWO>(stream(block), x, m, count, result);
+    int4_tiles<BLOCKS>(stream(block), x, m, count, result);
   }
 #endif
 
@@ -342,7 +381,7 @@ at::Tensor avx512_int8_linear(const at::Tensor& x, const at::Tensor& weight, con
   const uint8_t* w = weight.const_data_ptr<uint8_t>();
   const float* scales = scale.const_data_ptr<float>();
   return with_output(x, bias, outputs, [&](const auto* in, auto* out, const auto* b, int64_t rows, int64_t k) {
-    const QuantizedRows quantized(in, rows, k, padded, padded, room_for(rows));
+    const QuantizedRows quantized(in, rows, k, padded, padded);
     blocks(out, b, rows, outputs, Int8Kernel{w, scales, quantized});
   });
 }
@@ -355,17 +394,17 @@ at::Tensor avx512_int4_linear(const at::Tensor& x, const at::Tensor& weight, int
               "weight must be uint8 [N / 16, K / 64, ", kInt4Bytes, "]");
   const uint8_t* w = weight.const_data_ptr<uint8_t>();
   return with_output(x, bias, outputs, [&](const auto* in, auto* out, const auto* b, int64_t rows, int64_t k) {
-    const QuantizedRows quantized(in, rows, k, groups * kGroup, kGroup, room_for(rows));
+    const QuantizedRows quantized(in, rows, k, groups * kGroup, kGroup);
     blocks(out, b, rows, outputs, Int4Kernel{w, quantized});
   });
 }
 
 // --- quantizing weights ----------------------------------------------------------------------------------------------
 
-inline uint32_t quad_at(const uint8_t* values) {
-  uint32_t quad;
-  std::memcpy(&quad, values, 4);
-  return quad;
+// Four bytes of sixteen rows side by side: from [kOut] rows of `dwords` times four bytes, `stride` apart.
+inline void interleave(const uint8_t* rows, int64_t stride, int64_t dwords, uint8_t* out) {
+  for (int64_t i = 0; i < dwords; ++i)
+    for (int64_t n = 0; n < kOut; ++n, out += 4) std::memcpy(out, rows + n * stride + 4 * i, 4);
 }
 
 void avx512_quantize_int8(const at::Tensor& weight, at::Tensor out, at::Tensor scale) {
@@ -374,22 +413,20 @@ void avx512_quantize_int8(const at::Tensor& weight, at::Tensor out, at::Tensor s
   TORCH_CHECK(scale.numel() == outputs && inputs <= padded && padded < inputs + kGroup,
               "the weight has another shape");
   float* scales = scale.data_ptr<float>();
-  auto* stream = reinterpret_cast<uint32_t*>(out.data_ptr<uint8_t>());
+  uint8_t* stream = out.data_ptr<uint8_t>();
   for_type(source, [&]<typename W>() {
     const W* w = source.const_data_ptr<W>();
 #pragma omp parallel
     {
-      std::vector<int8_t> values(kOut * padded, 0);
+      std::vector<int8_t> values(kOut * padded);
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < (outputs + kOut - 1) / kOut; ++block) {
         const int64_t first = block * kOut, count = std::min(kOut, outputs - first);
-        if (count < kOut) std::fill(values.begin(), values.end(), 0);
+        std::fill(values.begin(), values.end(), 0);
         for (int64_t n = 0; n < count; ++n)
           scales[first + n] = int8_row(w + (first + n) * inputs, inputs, values.data() + n * padded);
-        const auto* bytes = reinterpret_cast<const uint8_t*>(values.data());
-        uint32_t* to = stream + first * padded / 4;
-        for (int64_t q = 0; q < padded / 4; ++q)
-          for (int64_t n = 0; n < kOut; ++n) *to++ = quad_at(bytes + n * padded + 4 * q) ^ 0x80808080u;
+        for (int8_t& value : values) value = static_cast<int8_t>(value ^ 0x80);  // + 128
+        interleave(reinterpret_cast<const uint8_t*>(values.data()), padded, padded / 4, stream + first * padded);
       }
     }
   });
@@ -417,12 +454,10 @@ void avx512_quantize_int4(const at::Tensor& weight, at::Tensor out, int64_t outp
           for (int64_t n = 0; n < kOut; ++n)
             int4_group(wide.data() + (n * groups + g) * kGroup, q[n], scales[0][n], scales[1][n]);
           uint8_t* to = stream + (block * groups + g) * kInt4Bytes;
-          for (int64_t i = 0; i < kQuads / 2; ++i)
-            for (int64_t n = 0; n < kOut; ++n, to += 4) {
-              const uint32_t both = quad_at(q[n] + 4 * i) | quad_at(q[n] + kGroup / 2 + 4 * i) << 4;
-              std::memcpy(to, &both, 4);
-            }
-          std::memcpy(to, scales, kScaleBytes);
+          for (auto& values : q)
+            for (int64_t i = 0; i < kGroup / 2; ++i) values[i] |= static_cast<uint8_t>(values[i + kGroup / 2] << 4);
+          interleave(q[0], kGroup, kQuads / 2, to);
+          std::memcpy(to + kGroup * kOut / 2, scales, kScaleBytes);
         }
       }
     }

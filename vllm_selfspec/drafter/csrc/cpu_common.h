@@ -69,12 +69,11 @@ struct QuantizedRows {
   std::vector<int32_t> totals; // [M, groups] of the int8 values
   std::vector<float> sums;     // [M, groups] of what they stand for
 
-  // `room`: for how many rows there is room in `values`, which are zero behind the last.
   template <typename T>
-  QuantizedRows(const T* x, int64_t rows, int64_t columns, int64_t padded_columns, int64_t group, int64_t room = 0)
+  QuantizedRows(const T* x, int64_t rows, int64_t columns, int64_t padded_columns, int64_t group)
       : padded(padded_columns),
         groups(padded_columns / group),
-        values(std::max(rows, room) * padded_columns, 0),
+        values(rows * padded_columns, 0),
         scales(rows * groups),
         totals(rows * groups),
         sums(rows * groups) {
