@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import ParallelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -29,6 +29,7 @@ from vllm_selfspec.control.cost_model import CostModel
 from vllm_selfspec.control.policy import Controller, ControlSettings, Decision, Reason, StepObservation, StepState
 from vllm_selfspec.drafter.refresh import RefreshCost
 from vllm_selfspec.metrics import STATS_KEY, StepStats
+from vllm_selfspec.speculative_config import one_scheduler_per_rank
 
 logger = init_logger("vllm.selfspec")
 
@@ -36,10 +37,16 @@ REQUEST_CAP = "selfspec_max_draft_tokens"
 """Key of `SamplingParams.extra_args`: the most tokens drafted in one step for this request; 0 switches drafting off."""
 
 
-def control_settings(settings: SelfSpecConfig) -> ControlSettings:
-    """The controller's settings of a selfspec config."""
+def control_settings(settings: SelfSpecConfig, parallel: ParallelConfig) -> ControlSettings:
+    """The controller's settings of a selfspec config.
+
+    Ranks that schedule for themselves see the same requests and tokens, but each its own step times: they do not learn
+    from those, and so decide alike.
+    """
     return ControlSettings(
-        max_draft_tokens=settings.num_speculative_tokens, **settings.control.model_dump(exclude={"profile"})
+        max_draft_tokens=settings.num_speculative_tokens,
+        learn=not one_scheduler_per_rank(parallel),
+        **settings.control.model_dump(exclude={"profile"}),
     )
 
 
@@ -58,7 +65,9 @@ class SelfSpecScheduling(Scheduler):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         settings: SelfSpecConfig = vllm_config.speculative_config.selfspec
-        self._controller = Controller(control_settings(settings), max_batch=self.scheduler_config.max_num_seqs)
+        self._controller = Controller(
+            control_settings(settings, vllm_config.parallel_config), max_batch=self.scheduler_config.max_num_seqs
+        )
         self._alarm = AcceptanceAlarm()
         self._alarms_reported = 0
         self._refresh_cost = self._refresh_reported = RefreshCost(0, 0.0)

@@ -63,12 +63,17 @@ def engine(model: str, selfspec: dict[str, Any] | None = None, **arguments: Any)
         gc.collect()
 
 
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
 def server(model: str, log: Path, *flags: str) -> Iterator[str]:
     """vLLM's OpenAI-compatible server of a tiny checkpoint in a process of its own; yields its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     usual = f"--port {port} --skip-tokenizer-init --enforce-eager --dtype float32 --max-model-len 128 --block-size 32"
     usual += " --kv-cache-memory-bytes 67108864 --served-model-name tiny"

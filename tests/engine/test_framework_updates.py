@@ -428,9 +428,9 @@ def test_layers_processed_off_the_cpu_are_refreshed_lazily(monkeypatch: pytest.M
         assert torch.equal(tap.state(layer, "int8").made_of, layer.weight)
 
 
-def test_one_scheduler_per_rank_is_refused(tiny: Callable[..., str]) -> None:
-    """TRL's colocate mode with tensor parallelism."""
+def test_one_scheduler_per_rank_wants_one_profile(tiny: Callable[..., str]) -> None:
+    """TRL's colocate mode with tensor parallelism, where each rank would measure a profile of its own."""
     arguments = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
     asked = EngineArgs(model=tiny("llama"), speculative_config={"method": "selfspec"}, dtype="float32", **arguments)
-    with pytest.raises(ConfigError, match=r"control\.mode to 'fixed'"):
+    with pytest.raises(ConfigError, match=r"control\.profile to the path"):
         asked.create_engine_config()

@@ -17,12 +17,12 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from engines import engine, generate, greedy, random_prompt, server
+from engines import engine, free_port, generate, greedy, random_prompt, server
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_selfspec import plugin
 from vllm_selfspec.config import ConfigError
-from vllm_selfspec.control.cost_model import CostModel
+from vllm_selfspec.control.cost_model import CostModel, Point
 from vllm_selfspec.drafter.cpu_kernels import own_kernels
 from vllm_selfspec.drafter.quantize import CpuInt4Linear
 from vllm_selfspec.speculative_config import SelfSpecSpeculativeConfig
@@ -50,6 +50,11 @@ def main():
     counters = {"accepted": "vllm:spec_decode_num_accepted_tokens", "drafted": "vllm:spec_decode_num_draft_tokens"}
     told = {name: told.get(counter, 0) for name, counter in counters.items()}
     told["tokens"] = output.outputs[0].token_ids
+    if asked.get("identity"):
+        from dataclasses import asdict
+        from vllm_selfspec.live_profile import profile_identity
+        config = llm.llm_engine.vllm_config
+        told["identity"] = asdict(profile_identity(config, config.speculative_config.selfspec))
     if asked.get("seams"):
         from vllm.v1.worker.gpu_worker import Worker
         from vllm_selfspec import plugin
@@ -128,6 +133,40 @@ def test_ranks_of_tensor_parallelism_draft_the_same(tmp_path: Path, tiny: Callab
     told = run_engine(tmp_path, {"arguments": arguments, "temperatures": [0.0, 1.0, 1.0]})
     assert told["accepted"] > 0.8 * told["drafted"] > 40
     assert told["tokens"] == plain
+
+
+def test_ranks_that_schedule_for_themselves_adapt_alike(
+    tmp_path: Path, tiny: Callable[..., str], plain: list[int]
+) -> None:
+    """TRL's colocate mode with tensor parallelism: were ranks to choose different draft lengths, all would hang."""
+    arguments = {"model": tiny("llama"), "tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
+
+    def ranks(control: dict[str, Any]) -> list[dict[str, Any]]:
+        port = str(free_port())
+
+        def rank(number: int) -> dict[str, Any]:
+            folder = tmp_path / str(number)
+            folder.mkdir(exist_ok=True)
+            launcher = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+            launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+            speculative = {"method": "selfspec", "num_speculative_tokens": 3, "control": control}
+            asked = {"arguments": arguments | {"speculative_config": speculative}, "temperatures": [0.0, 1.0, 1.0]}
+            return run_engine(folder, asked | {"identity": True}, **launcher)
+
+        with ThreadPoolExecutor() as launcher:
+            return list(launcher.map(rank, range(2)))
+
+    always, _ = ranks({"mode": "fixed"})
+    # The times of an engine whose drafts are cheap: how long steps really take differs from rank to rank.
+    points = [Point("target", batch, 64, 0, 0.010) for batch in (1, 2)]
+    points += [Point("verify", batch, 64, length, 0.011) for batch in (1, 2) for length in (1, 3)]
+    points += [Point("draft", batch, 64, 1, 0.001) for batch in (1, 2)]
+    CostModel.fit(points, meta=always["identity"]).save(tmp_path / "profile.json")
+
+    first, second = ranks({"profile": str(tmp_path / "profile.json"), "probe_interval": 8})
+    assert first["drafted"] == second["drafted"] > 40
+    assert first["accepted"] == second["accepted"] > 0.8 * first["drafted"]
+    assert first["tokens"] == second["tokens"] == always["tokens"] == plain
 
 
 def test_ranks_of_data_parallelism_decide_each_for_itself(tmp_path: Path, tiny: Callable[..., str]) -> None:
