@@ -23,9 +23,6 @@ from vllm_selfspec.drafter.quantize_rows import Avx512Int4Linear, Avx512Int8Line
 from vllm_selfspec.provenance import provenance
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
-REPEATS = 4
-"""Times that a step runs over the same layers; what lies between is more than a cache holds."""
-
 SHAPES, LAYERS, HEAD = ((1152, 896), (896, 896), (9728, 896), (896, 4864)), 24, (151936, 896)
 
 
@@ -73,7 +70,7 @@ def main() -> None:
     args = parser.parse_args()
 
     cpu_kernels.load()
-    weights = [torch.randn(shape).bfloat16() for _ in range(LAYERS // REPEATS) for shape in SHAPES]
+    weights = [torch.randn(shape).bfloat16() for _ in range(LAYERS) for shape in SHAPES]
     memory = torch.ones(2**27)
     bandwidth = memory.nbytes / min(seconds(memory.sum) for _ in range(7))
     values = LAYERS * sum(n * k for n, k in SHAPES) + HEAD[0] * HEAD[1]
@@ -93,9 +90,8 @@ def main() -> None:
             for name, (layers, head) in built.items():
 
                 def step(layers: list[Linear] = layers, head: Linear = head, inputs: list = inputs) -> None:
-                    for _ in range(REPEATS):
-                        for index, layer in enumerate(layers):
-                            layer(inputs[index % len(SHAPES)])
+                    for index, layer in enumerate(layers):
+                        layer(inputs[index % len(SHAPES)])
                     head(inputs[0])
 
                 best[name][rows] = min(best[name].get(rows, float("inf")), seconds(step))

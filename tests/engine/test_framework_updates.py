@@ -21,7 +21,7 @@ from engines import addresses, engine, generate, greedy, random_prompt, runner_o
 from safetensors.torch import load_file
 from torch import nn
 from vllm import LLM
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.reload import (
@@ -36,6 +36,7 @@ from vllm_selfspec.config import ConfigError
 from vllm_selfspec.drafter import refresh
 from vllm_selfspec.drafter.quantize import QuantizedLinear
 from vllm_selfspec.drafter.refresh import WeightTap
+from vllm_selfspec.scheduler import control_settings
 
 SELFSPEC: dict[str, Any] = {
     "num_speculative_tokens": 3,
@@ -431,6 +432,15 @@ def test_layers_processed_off_the_cpu_are_refreshed_lazily(monkeypatch: pytest.M
 def test_one_scheduler_per_rank_wants_one_profile(tiny: Callable[..., str]) -> None:
     """TRL's colocate mode with tensor parallelism, where each rank would measure a profile of its own."""
     arguments = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}
-    asked = EngineArgs(model=tiny("llama"), speculative_config={"method": "selfspec"}, dtype="float32", **arguments)
+
+    def configured(control: dict[str, Any], **launcher: Any) -> VllmConfig:
+        speculative = {"method": "selfspec", "control": control}
+        asked = EngineArgs(model=tiny("llama"), speculative_config=speculative, dtype="float32", **launcher)
+        return asked.create_engine_config()
+
     with pytest.raises(ConfigError, match=r"control\.profile to the path"):
-        asked.create_engine_config()
+        configured({}, **arguments)
+    for launcher, learns in ((arguments, False), ({"tensor_parallel_size": 2}, True)):
+        config = configured({"profile": "one.json"}, **launcher)
+        # Each rank sees step times of its own.
+        assert control_settings(config.speculative_config.selfspec, config.parallel_config).learn is learns
