@@ -5,10 +5,14 @@
 // VNNI instruction multiplies them with four inputs of a row, so that nothing is summed across a register.
 //
 //   avx512_int8_linear   weights [N / 16, K / 64, 16, 16, 4]: int8 + 128, a scale per output; activations int8 per row
-//   avx512_int4_linear   weights [N / 16, K / 64, 576]: 512 bytes of 4 bits (inputs 0 to 31 in the low halves, 32 to 63 in
-//                        the high ones), sixteen scales, sixteen minima in bfloat16; activations int8 per row and group
+//   avx512_int4_linear   weights [N / 16, K / 64, 576]: 512 bytes of 4 bits (inputs 0 to 31 in the low halves, 32 to 63
+//                        in the high ones), sixteen scales, sixteen minima in bfloat16; activations int8 per row and
+//                        group
 //
-// x, bias and the result are as in cpu_rows.cpp. N and K are padded with zeros. A row's result does not depend on others.
+// x, bias and the result are as in cpu_rows.cpp. N and K are padded with zeros. A row's result does not depend on the
+// others: sums of integers are exact, and groups are added up in one order.
+//
+//   avx512_quantize_int8, avx512_quantize_int4   fill these weights as those of cpu_rows.cpp do
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 
@@ -33,9 +37,11 @@ inline void ask_for(const uint8_t* p) {
 
 inline __m512i load64(const void* p) { return _mm512_loadu_si512(p); }
 
-inline __m512 widen16(__m256i bfloats) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloats), 16)); }
+inline __m512 widen16(__m256i bfloats) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloats), 16));
+}
 
-// Sixteen outputs of one row, the first `count` of them stored.
+// Sixteen outputs of one row, those stored that `which` names; halves are rounded to even.
 inline void store16(__m512 v, float* out, __mmask16 which) { _mm512_mask_storeu_ps(out, which, v); }
 
 inline void store16(__m512 v, at::Half* out, __mmask16 which) {
@@ -45,9 +51,11 @@ inline void store16(__m512 v, at::Half* out, __mmask16 which) {
 inline void store16(__m512 v, at::BFloat16* out, __mmask16 which) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
-  const __m512i quiet = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7FC0));
-  _mm256_mask_storeu_epi16(out, which, _mm512_cvtepi32_epi16(quiet));
+  const __m512i half = _mm512_add_epi32(_mm512_set1_epi32(0x7FFF), odd);
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+  const __mmask16 no_number = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i value = _mm512_mask_mov_epi32(rounded, no_number, _mm512_set1_epi32(0x7FC0));
+  _mm256_mask_storeu_epi16(out, which, _mm512_cvtepi32_epi16(value));
 }
 
 inline __m512 load16(const float* p, __mmask16 which) { return _mm512_maskz_loadu_ps(which, p); }
@@ -84,7 +92,7 @@ struct Int4Scales {
   }
 };
 
-// --- with VNNI: products of ROWS rows from `m` on with the sixteen outputs whose weights begin at `w` -----------------
+// --- with VNNI: products of ROWS rows from `m` on with the sixteen outputs whose weights begin at `w` ---------------
 
 template <int ROWS>
 inline void int8_block(const uint8_t* w, const QuantizedRows& x, int64_t m, __m512 result[ROWS]) {
@@ -154,8 +162,8 @@ constexpr int64_t kTileFrom = 4;  // rows from which on tiles are faster
 
 // --- with AMX: up to 64 rows read a weight once ----------------------------------------------------------------------
 
-// The tiles of one thread, for up to 64 rows in blocks of sixteen: sums of each block (0 to 3), weights (4), rows of x of
-// a block that is not the last (5 and 6 in turn) and of the last (7), which may have fewer than sixteen.
+// The tiles of one thread, for up to 64 rows in blocks of sixteen: sums of each block (0 to 3), weights (4), rows of x
+// of a block that is not the last (5 and 6 in turn) and of the last (7), which may have fewer than sixteen.
 class Tiles {
  public:
   ~Tiles() {
@@ -208,7 +216,7 @@ inline void store_sums(int32_t* sums) {
   if constexpr (BLOCKS > 3) _tile_stored(3, sums + 48 * kOut, 64);
 }
 
-// Adds to the sums the products of 64 inputs of each row of `x`, whose rows are `stride` bytes apart, with a tile of weights.
+// Adds to the sums the products of 64 inputs of each row of `x` with a tile of weights. Rows are `stride` bytes apart.
 template <int BLOCKS>
 inline void tile_products(const void* weights, const int8_t* x, int64_t stride) {
   _tile_loadd(4, weights, 64);
@@ -435,7 +443,8 @@ void avx512_quantize_int8(const at::Tensor& weight, at::Tensor out, at::Tensor s
 void avx512_quantize_int4(const at::Tensor& weight, at::Tensor out, int64_t outputs) {
   const at::Tensor source = weight.contiguous();
   const int64_t inputs = source.size(1), groups = out.size(1);
-  TORCH_CHECK(source.size(0) == outputs && (outputs + kOut - 1) / kOut == out.size(0) && (inputs + kGroup - 1) / kGroup == groups,
+  TORCH_CHECK(source.size(0) == outputs && (outputs + kOut - 1) / kOut == out.size(0) &&
+                  (inputs + kGroup - 1) / kGroup == groups,
               "the weight has another shape");
   uint8_t* stream = out.data_ptr<uint8_t>();
   for_type(source, [&]<typename W>() {

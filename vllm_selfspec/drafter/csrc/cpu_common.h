@@ -1,4 +1,4 @@
-// What the kernels for CPUs share: eight values at a time, quantizing activations and weights, and the types of tensors.
+// What the kernels for CPUs share: eight values at a time, quantizing activations and weights, the types of tensors.
 
 #pragma once
 
@@ -175,7 +175,8 @@ inline void int4_group(const float* w, uint8_t* out, at::BFloat16& scale_out, at
     __m256i q[4];
     for (int64_t i = 0; i < 4; ++i) {
       const __m256 value = _mm256_div_ps(_mm256_sub_ps(_mm256_loadu_ps(w + half + 8 * i), minimum), scale);
-      q[i] = _mm256_min_epi32(_mm256_max_epi32(_mm256_cvtps_epi32(value), _mm256_setzero_si256()), _mm256_set1_epi32(15));
+      q[i] = _mm256_max_epi32(_mm256_cvtps_epi32(value), _mm256_setzero_si256());
+      q[i] = _mm256_min_epi32(q[i], _mm256_set1_epi32(15));
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + half), bytes32(q));
   }
