@@ -1,6 +1,7 @@
 """The kernels for x86 CPUs. Those without AVX-512 run on every one with AVX2, so they are tested on all of those."""
 
 import functools
+import math
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,6 +178,28 @@ def test_refresh_refuses_another_shape(kind: type[RowsLinear]) -> None:
     for shape in ((60, 128), (65, 128), (64, 1000)):
         with pytest.raises(RuntimeError, match="another shape"):
             linear.refresh(weight_of(shape))
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 7), (3, 512), (5, 513), (16, 5000)])
+def test_drawn_tokens_are_those_of_the_cumulative_sum(rows: int, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    weights = torch.rand(rows, tokens, generator=generator) ** 8
+    weights[:, torch.rand(tokens, generator=generator) < 0.3] = 0.0
+    weights[:, 0] = weights[:, -1] = 0.0
+    weights[0] = 0.0
+    weights[0, tokens // 2] = 3.0
+    edges = [0.0, 0.5, math.nextafter(1.0, 0.0)]
+    for u in (*edges, *torch.rand(200, dtype=torch.float64, generator=generator).tolist()):
+        numbers = torch.full((rows,), u, dtype=torch.float64)
+        drawn = torch.ops.selfspec_cpu.inverse_cdf(weights, numbers)
+        cumulative = weights.double().cumsum(dim=1)
+        assert (weights.gather(1, drawn[:, None]) > 0).all()
+        # up to the order of adding up
+        below = cumulative - weights
+        at = numbers * cumulative[:, -1]
+        assert (below.gather(1, drawn[:, None])[:, 0] <= at + 1e-12 * tokens).all()
+        assert (cumulative.gather(1, drawn[:, None])[:, 0] >= at - 1e-12 * tokens).all()
+    assert drawn[0] == tokens // 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,6 +11,8 @@ import torch
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import _SAMPLING_EPS
 
+from vllm_selfspec.drafter.cpu_kernels import own_kernels
+
 
 def sample_drafts(
     logits: torch.Tensor, metadata: SamplingMetadata, generators: dict[int, torch.Generator]
@@ -53,12 +55,14 @@ def inverse_cdf(q: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Smallest token whose cumulative probability exceeds u.
 
     Args:
-        q: [B, V] non-negative weights.
+        q: [B, V] float32, non-negative weights.
         u: [B] float64 in [0, 1).
 
     Returns:
         [B] int64 tokens; never one of weight 0.
     """
+    if q.device.type == "cpu" and own_kernels():
+        return torch.ops.selfspec_cpu.inverse_cdf(q, u)
     cdf = q.cumsum(dim=-1, dtype=torch.float64)
     # A product that rounds up to the total would point past the last token of positive weight.
     below_total = torch.nextafter(cdf[:, -1], torch.zeros_like(u))
