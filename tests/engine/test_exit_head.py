@@ -54,8 +54,8 @@ def test_hidden_states_are_those_of_the_written_tokens(
 
 
 @pytest.fixture(scope="module")
-def trained(tiny: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float, float]:
-    """A head for the tiny Llama; the overlap on held-out text without it and with it."""
+def trained(tiny: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, float, float, ExitHead]:
+    """The file of a head for the tiny Llama; the overlap on held-out text without it and with it; the head."""
     torch.manual_seed(0)
     target = Target.load(tiny("llama"), "cpu")
     hidden = collect(target, TOKENIZER, PROMPTS, LAYER, 12_000, 64, batch=64)
@@ -67,20 +67,24 @@ def trained(tiny: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) 
     assert sum(losses[-20:]) < sum(losses[:20])
     path = tmp_path_factory.mktemp("head") / "head.safetensors"
     save(head, ExitHeadInfo("tiny", LAYER, HIDDEN, 256), path)
-    return str(path), without, overlap(target, head, unseen)
+    return str(path), without, overlap(target, head, unseen), head
 
 
-def test_training_raises_the_overlap_on_unseen_text(trained: tuple[str, float, float]) -> None:
-    _, without, overlap_ = trained
+def test_training_raises_the_overlap_on_unseen_text(trained: tuple[str, float, float, ExitHead]) -> None:
+    _, without, overlap_, _ = trained
     assert overlap_ > without + 0.05
 
 
 @pytest.mark.parametrize("weights", ["native", "int8", "int4+int8"])
 def test_the_engine_drafts_with_the_head(
-    weights: str, trained: tuple[str, float, float], tiny: Callable[..., str]
+    weights: str, trained: tuple[str, float, float, ExitHead], tiny: Callable[..., str]
 ) -> None:
-    path, without, expected = trained
+    path, _, _, head = trained
     prompts = [random_prompt(8, 50 + number) for number in range(8)]
+    # Overlaps differ from text to text, so on text like that which the engine will write.
+    target = Target.load(tiny("llama"), "cpu")
+    text = collect(target, TOKENIZER, prompts, LAYER, 8_000, 60, batch=64)
+    without, expected = overlap(target, None, text), overlap(target, head, text)
     drafter: dict[str, Any] = {"weights": weights, "lm_head": "native", "exit_layer": LAYER, "exit_head": path}
     settings = {"num_speculative_tokens": 1, "drafter": drafter, "control": {"mode": "fixed"}}
     with engine(tiny("llama")) as llm:
@@ -97,7 +101,7 @@ def test_the_engine_drafts_with_the_head(
 
 @pytest.mark.parametrize("weights", ["native", "int8"])
 def test_a_refresh_writes_the_head_again(
-    weights: str, trained: tuple[str, float, float], tiny: Callable[..., str]
+    weights: str, trained: tuple[str, float, float, ExitHead], tiny: Callable[..., str]
 ) -> None:
     """Deep sleep discards what the drafter has on a GPU, and no update of the target brings the head back."""
     drafter: dict[str, Any] = {"weights": weights, "lm_head": "native", "exit_layer": LAYER, "exit_head": trained[0]}
@@ -125,7 +129,7 @@ def refusal(model: str, **drafter: Any) -> str:
 
 
 def test_a_head_that_does_not_fit_is_refused(
-    trained: tuple[str, float, float], tiny: Callable[..., str], tmp_path: Path
+    trained: tuple[str, float, float, ExitHead], tiny: Callable[..., str], tmp_path: Path
 ) -> None:
     path, model = trained[0], tiny("llama")
     assert "set drafter.exit_layer to 2" in refusal(model, exit_head=path)

@@ -207,7 +207,9 @@ def test_a_selfspec_engine_wraps_the_seams(tmp_path: Path, tiny: Callable[..., s
     """The test above can fail: the same questions to an engine with the flag."""
     arguments = {"model": tiny("llama"), "speculative_config": SETTINGS}
     told = run_engine(tmp_path, {"arguments": arguments, "seams": True})
-    assert told["wrapped"] == [seam.target for seam in plugin.IN_WORKERS + plugin.IN_CPU_WORKERS]
+    seams = [*plugin.IN_WORKERS, *plugin.IN_CPU_WORKERS]
+    # One of them depends on the CPU.
+    assert told["wrapped"] == [s.target for s in seams if s.needed is None or plugin._function(s.needed)()]
     assert told["methods"] == list(plugin.WORKER_METHODS)
     assert told["mended"]
 
