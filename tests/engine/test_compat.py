@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
 
@@ -119,28 +118,3 @@ def test_expand_batch_to_tokens_replaces() -> None:
     ends = torch.tensor([2, 3, 4], dtype=torch.int32)
     expanded = cpu_expand.expand_batch_to_tokens(None, x, ends, 4, replace_from=0, replace_to=1)
     torch.testing.assert_close(expanded, torch.tensor([1.0, 1.0, 0.7, 1.0]))
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
-def test_large_temporaries_are_faulted_in_once() -> None:
-    without, kept = run_fresh(
-        """
-import resource
-import torch
-from vllm_selfspec.compat.cpu_page_faults import keep_freed_memory
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(100 * 2**20, dtype=torch.uint8).fill_(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-faults()
-print(">", faults())
-keep_freed_memory()
-for _ in range(4):  # the place of the first may be a few bytes too short for the next, because of its alignment
-    faults()
-print(">", faults())
-"""
-    )
-    assert int(without) > 1000
-    assert int(kept) < int(without) / 10

@@ -24,7 +24,6 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 
-from vllm_selfspec.compat.cpu_page_faults import keep_freed_memory
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.drafter.quantize import choose_precision
 from vllm_selfspec.drafter.refresh import WeightTap
@@ -93,8 +92,6 @@ class SelfDraftProposer(DraftModelProposer):
             target_model, self.vllm_config, self._layers, self._weights, self._lm_head, self._tap, self._exit_head
         )
         self._tap.watch(target_model)
-        if self.device.type == "cpu":
-            keep_freed_memory()
         logger.info(
             "selfspec drafts with %d of %d layers, weights %s, LM head %s: %.1f MiB of weights of its own, no KV cache "
             "of its own.",
