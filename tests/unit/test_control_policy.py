@@ -68,7 +68,7 @@ def test_old_evidence_fades() -> None:
         estimator.observe(2, 2)
     for _ in range(300):
         estimator.observe(2, 0)
-    assert estimator.rates()[0] < 0.1
+    assert estimator.rates()[0] < 0.2  # of which the prior is 0.1
 
 
 def test_requests_have_own_estimates_and_are_forgotten() -> None:
@@ -121,6 +121,20 @@ def test_the_best_rate_wins_and_is_explained() -> None:
     assert decision.tokens == pytest.approx([2 * tau for tau in TAU])
     assert decision.predicted_speedup == pytest.approx(4.0 * 0.010 / 0.018)
     assert decide(StepState(num_decode=2), DEAR, TAU, FOUR).num_draft_tokens == 0
+
+
+def test_three_rejected_steps_do_not_end_drafting() -> None:
+    """Seen on Qwen2.5-Coder-1.5B, one request on a CPU: a whole answer was then decoded without drafts."""
+    verify = [0.1381, 0.1378, 0.1413, 0.1446, 0.1478, 0.1500, 0.1524, 0.1547]
+    estimator = AcceptanceEstimator(7)
+    for _ in range(3):
+        estimator.observe(3, 0)
+    settings = ControlSettings(max_draft_tokens=7)
+    state, times = StepState(num_decode=1), FixedTimes(verify, 0.064)
+    assert decide(state, times, estimator.expected_tokens_table(), settings).num_draft_tokens > 0
+    for _ in range(20):
+        estimator.observe(3, 0)
+    assert decide(state, times, estimator.expected_tokens_table(), settings).num_draft_tokens == 0
 
 
 def test_modes() -> None:

@@ -35,7 +35,7 @@ class AcceptanceEstimator:
         *,
         window: float = 512.0,
         prior_mean: float = 0.8,
-        prior_strength: float = 4.0,
+        prior_strength: float = 16.0,
         per_request: bool = False,
         max_requests: int = 4096,
     ) -> None:
