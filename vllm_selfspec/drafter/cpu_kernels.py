@@ -2,8 +2,8 @@
 
 On a CPU without AVX-512 oneDNN has no bfloat16 or float16 product and a very slow int8 one, and what vLLM falls back to
 takes nearly three times as long for four rows as for one (`cpu_rows.cpp`). Where there are AVX-512 and VNNI, the
-model's own layers are well served, but ATen's int4 product takes twice the time that reading the weights takes for one
-row and ten times for sixteen (`cpu_avx512.cpp`, which also uses AMX). `docs/cost.md` has the times.
+model's own layers are well served, but ATen's int4 product takes one and a half times as long as reading the weights
+for one row and ten times as long for sixteen (`cpu_avx512.cpp`, which also uses AMX). `docs/cost.md` has the times.
 The library is built once per machine, with the compiler that torch.compile needs on CPU anyway.
 """
 
@@ -34,7 +34,16 @@ COMPILE = ("-c", "-O3", "-std=c++20", "-march=native", "-fopenmp", "-fPIC")
 # No OpenMP runtime is linked: the one that torch uses, or a preloaded one, is in the process already.
 LINK = ("-shared", "-lc10", "-ltorch_cpu")
 AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
-"""What the kernels of `cpu_avx512.cpp` need, as the kernel calls it."""
+"""What `cpu_avx512.cpp` needs, as Linux calls it."""
+
+_OUTPUTS: dict[str, Callable[..., int]] = {
+    "rows_linear": lambda weight, bias: weight.shape[0],
+    "int8_linear": lambda weight, scale, bias: weight.shape[0],
+    "int4_linear": lambda weight, scale_and_min, bias: weight.shape[0],
+    "avx512_int8_linear": lambda weight, scale, bias: scale.shape[0],
+    "avx512_int4_linear": lambda weight, outputs, bias: outputs,
+}
+"""Outputs of each product, from its arguments after the rows."""
 
 
 @functools.cache
@@ -89,16 +98,6 @@ def load() -> None:
     for name, outputs in _OUTPUTS.items():
         if hasattr(torch.ops.selfspec_cpu, name):
             torch.library.register_fake(f"selfspec_cpu::{name}", functools.partial(_fake, outputs))
-
-
-_OUTPUTS: dict[str, Callable[..., int]] = {
-    "rows_linear": lambda weight, bias: weight.shape[0],
-    "int8_linear": lambda weight, scale, bias: weight.shape[0],
-    "int4_linear": lambda weight, scale_and_min, bias: weight.shape[0],
-    "avx512_int8_linear": lambda weight, scale, bias: scale.shape[0],
-    "avx512_int4_linear": lambda weight, outputs, bias: outputs,
-}
-"""Outputs of each product, from its arguments after the rows."""
 
 
 def _fake(outputs: Callable[..., int], x: torch.Tensor, *rest: Any) -> torch.Tensor:

@@ -92,53 +92,6 @@ struct Int4Scales {
   }
 };
 
-// --- with VNNI: products of ROWS rows from `m` on with the sixteen outputs whose weights begin at `w` ---------------
-
-template <int ROWS>
-inline void int8_block(const uint8_t* w, const QuantizedRows& x, int64_t m, __m512 result[ROWS]) {
-  __m512i acc[ROWS];
-  const int8_t* row[ROWS];
-  for (int i = 0; i < ROWS; ++i) {
-    acc[i] = _mm512_setzero_si512();
-    row[i] = x.values.data() + (m + i) * x.padded;
-  }
-  for (int64_t k = 0; k < x.padded; k += kGroup, w += kInt8Bytes) {
-    ask_for<kInt8Bytes>(w);
-    for (int64_t q = 0; q < kQuads; ++q) {
-      const __m512i weight = load64(w + 64 * q);
-      for (int i = 0; i < ROWS; ++i) acc[i] = _mm512_dpbusd_epi32(acc[i], weight, four(row[i] + k + 4 * q));
-    }
-  }
-  for (int i = 0; i < ROWS; ++i) result[i] = int8_result(acc[i], x, m + i);
-}
-
-template <int ROWS>
-inline void int4_block(const uint8_t* w, const QuantizedRows& x, int64_t m, __m512 result[ROWS]) {
-  const __m512i mask = _mm512_set1_epi8(15);
-  const int8_t* row[ROWS];
-  for (int i = 0; i < ROWS; ++i) {
-    result[i] = _mm512_setzero_ps();
-    row[i] = x.values.data() + (m + i) * x.padded;
-  }
-  for (int64_t g = 0; g < x.groups; ++g, w += kInt4Bytes) {
-    ask_for<kInt4Bytes>(w);
-    __m512i acc[ROWS];
-    for (int i = 0; i < ROWS; ++i) acc[i] = _mm512_setzero_si512();
-    for (int64_t q = 0; q < kQuads / 2; ++q) {
-      const __m512i packed = load64(w + 64 * q);
-      const __m512i first = _mm512_and_si512(packed, mask);
-      const __m512i second = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
-      for (int i = 0; i < ROWS; ++i) {
-        const int8_t* part = row[i] + g * kGroup + 4 * q;
-        acc[i] = _mm512_dpbusd_epi32(acc[i], first, four(part));
-        acc[i] = _mm512_dpbusd_epi32(acc[i], second, four(part + kGroup / 2));
-      }
-    }
-    const Int4Scales scales(w);
-    for (int i = 0; i < ROWS; ++i) result[i] = scales.add(result[i], acc[i], x, (m + i) * x.groups + g);
-  }
-}
-
 constexpr int64_t kPass = 8;  // rows whose sums registers hold beside the weights
 
 // Calls f.operator()<ROWS>() for 1 to kPass rows.
@@ -247,18 +200,6 @@ bool allow_tiles() {
 
 const bool kTiles = allow_tiles();
 
-template <int BLOCKS>
-inline void int8_tiles(const uint8_t* w, const QuantizedRows& x, int64_t m, int64_t count, __m512* result) {
-  alignas(64) int32_t sums[BLOCKS * 16 * kOut];
-  zero_sums<BLOCKS>();
-  for (int64_t k = 0; k < x.padded; k += kGroup, w += kInt8Bytes) {
-    ask_for<kInt8Bytes>(w);
-    tile_products<BLOCKS>(w, x.values.data() + m * x.padded + k, x.padded);
-  }
-  store_sums<BLOCKS>(sums);
-  for (int64_t i = 0; i < count; ++i) result[i] = int8_result(load64(sums + i * kOut), x, m + i);
-}
-
 // Four bits of each weight as a byte of its own.
 inline void int4_bytes(const uint8_t* w, uint8_t* out) {
   const __m512i mask = _mm512_set1_epi8(15);
@@ -269,35 +210,121 @@ inline void int4_bytes(const uint8_t* w, uint8_t* out) {
   }
 }
 
-// Each group passes three stages, a group apart, so that none waits for what the one before it has just stored.
-template <int BLOCKS>
-inline void int4_tiles(const uint8_t* w, const QuantizedRows& x, int64_t m, int64_t count, __m512* result) {
-  alignas(64) uint8_t weights[2][kGroup * kOut];
-  alignas(64) int32_t sums[2][BLOCKS * 16 * kOut];
-  for (int64_t i = 0; i < count; ++i) result[i] = _mm512_setzero_ps();
-  int4_bytes(w, weights[0]);
-  for (int64_t g = 0; g <= x.groups; ++g, w += kInt4Bytes) {
-    ask_for<kInt4Bytes>(w);
-    if (g + 1 < x.groups) int4_bytes(w + kInt4Bytes, weights[(g + 1) % 2]);
-    if (g < x.groups) {
-      zero_sums<BLOCKS>();
-      tile_products<BLOCKS>(weights[g % 2], x.values.data() + m * x.padded + g * kGroup, x.padded);
-      store_sums<BLOCKS>(sums[g % 2]);
-    }
-    if (g == 0) continue;
-    const Int4Scales scales(w - kInt4Bytes);
-    const int32_t* done = sums[(g - 1) % 2];
-    for (int64_t i = 0; i < count; ++i)
-      result[i] = scales.add(result[i], load64(done + i * kOut), x, (m + i) * x.groups + g - 1);
-  }
-}
-
 #else
 constexpr bool kTiles = false;
 #endif
 
-// All rows of all outputs. KERNEL has pass<ROWS>(block, m, result) and tiles<BLOCKS>(block, m, count, result), which
-// give sixteen outputs of each row, and finish(value, n, which), the last word before the bias is added.
+// --- the two products ------------------------------------------------------------------------------------------------
+
+// A kernel gives sixteen outputs of the rows from `m` on: pass() of ROWS rows with VNNI, tiles() of `count` rows in
+// BLOCKS blocks of sixteen with AMX. finish() has the last word on them before the bias is added.
+
+struct Int8Kernel {
+  const uint8_t* weights;
+  const float* scales;
+  const QuantizedRows& x;
+
+  template <int ROWS>
+  void pass(int64_t block, int64_t m, __m512* result) const {
+    const uint8_t* w = weights + block * kOut * x.padded;
+    __m512i acc[ROWS];
+    const int8_t* row[ROWS];
+    for (int i = 0; i < ROWS; ++i) {
+      acc[i] = _mm512_setzero_si512();
+      row[i] = x.values.data() + (m + i) * x.padded;
+    }
+    for (int64_t k = 0; k < x.padded; k += kGroup, w += kInt8Bytes) {
+      ask_for<kInt8Bytes>(w);
+      for (int64_t q = 0; q < kQuads; ++q) {
+        const __m512i weight = load64(w + 64 * q);
+        for (int i = 0; i < ROWS; ++i) acc[i] = _mm512_dpbusd_epi32(acc[i], weight, four(row[i] + k + 4 * q));
+      }
+    }
+    for (int i = 0; i < ROWS; ++i) result[i] = int8_result(acc[i], x, m + i);
+  }
+
+#ifdef __AMX_INT8__
+  template <int BLOCKS>
+  void tiles(int64_t block, int64_t m, int64_t count, __m512* result) const {
+    const uint8_t* w = weights + block * kOut * x.padded;
+    alignas(64) int32_t sums[BLOCKS * 16 * kOut];
+    zero_sums<BLOCKS>();
+    for (int64_t k = 0; k < x.padded; k += kGroup, w += kInt8Bytes) {
+      ask_for<kInt8Bytes>(w);
+      tile_products<BLOCKS>(w, x.values.data() + m * x.padded + k, x.padded);
+    }
+    store_sums<BLOCKS>(sums);
+    for (int64_t i = 0; i < count; ++i) result[i] = int8_result(load64(sums + i * kOut), x, m + i);
+  }
+#endif
+
+  __m512 finish(__m512 value, int64_t n, __mmask16 which) const {
+    return _mm512_mul_ps(value, load16(scales + n, which));
+  }
+};
+
+struct Int4Kernel {
+  const uint8_t* weights;
+  const QuantizedRows& x;
+
+  template <int ROWS>
+  void pass(int64_t block, int64_t m, __m512* result) const {
+    const uint8_t* w = weights + block * x.groups * kInt4Bytes;
+    const __m512i mask = _mm512_set1_epi8(15);
+    const int8_t* row[ROWS];
+    for (int i = 0; i < ROWS; ++i) {
+      result[i] = _mm512_setzero_ps();
+      row[i] = x.values.data() + (m + i) * x.padded;
+    }
+    for (int64_t g = 0; g < x.groups; ++g, w += kInt4Bytes) {
+      ask_for<kInt4Bytes>(w);
+      __m512i acc[ROWS];
+      for (int i = 0; i < ROWS; ++i) acc[i] = _mm512_setzero_si512();
+      for (int64_t q = 0; q < kQuads / 2; ++q) {
+        const __m512i packed = load64(w + 64 * q);
+        const __m512i first = _mm512_and_si512(packed, mask);
+        const __m512i second = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
+        for (int i = 0; i < ROWS; ++i) {
+          const int8_t* part = row[i] + g * kGroup + 4 * q;
+          acc[i] = _mm512_dpbusd_epi32(acc[i], first, four(part));
+          acc[i] = _mm512_dpbusd_epi32(acc[i], second, four(part + kGroup / 2));
+        }
+      }
+      const Int4Scales scales(w);
+      for (int i = 0; i < ROWS; ++i) result[i] = scales.add(result[i], acc[i], x, (m + i) * x.groups + g);
+    }
+  }
+
+#ifdef __AMX_INT8__
+  // Each group passes three stages, a group apart, so that none waits for what the one before it has just stored.
+  template <int BLOCKS>
+  void tiles(int64_t block, int64_t m, int64_t count, __m512* result) const {
+    const uint8_t* w = weights + block * x.groups * kInt4Bytes;
+    alignas(64) uint8_t bytes[2][kGroup * kOut];
+    alignas(64) int32_t sums[2][BLOCKS * 16 * kOut];
+    for (int64_t i = 0; i < count; ++i) result[i] = _mm512_setzero_ps();
+    int4_bytes(w, bytes[0]);
+    for (int64_t g = 0; g <= x.groups; ++g, w += kInt4Bytes) {
+      ask_for<kInt4Bytes>(w);
+      if (g + 1 < x.groups) int4_bytes(w + kInt4Bytes, bytes[(g + 1) % 2]);
+      if (g < x.groups) {
+        zero_sums<BLOCKS>();
+        tile_products<BLOCKS>(bytes[g % 2], x.values.data() + m * x.padded + g * kGroup, x.padded);
+        store_sums<BLOCKS>(sums[g % 2]);
+      }
+      if (g == 0) continue;
+      const Int4Scales scales(w - kInt4Bytes);
+      const int32_t* done = sums[(g - 1) % 2];
+      for (int64_t i = 0; i < count; ++i)
+        result[i] = scales.add(result[i], load64(done + i * kOut), x, (m + i) * x.groups + g - 1);
+    }
+  }
+#endif
+
+  __m512 finish(__m512 value, int64_t, __mmask16) const { return value; }
+};
+
+// All rows of all outputs by a kernel, with the bias added.
 template <typename T, typename Kernel>
 void blocks(T* out, const T* bias, int64_t rows, int64_t outputs, const Kernel& kernel) {
 #pragma omp parallel
@@ -334,51 +361,6 @@ void blocks(T* out, const T* bias, int64_t rows, int64_t outputs, const Kernel& 
     }
   }
 }
-
-struct Int8Kernel {
-  const uint8_t* weights;
-  const float* scales;
-  const QuantizedRows& x;
-
-  const uint8_t* stream(int64_t block) const { return weights + block * kOut * x.padded; }
-
-  template <int ROWS>
-  void pass(int64_t block, int64_t m, __m512* result) const {
-    int8_block<ROWS>(stream(block), x, m, result);
-  }
-
-#ifdef __AMX_INT8__
-  template <int BLOCKS>
-  void tiles(int64_t block, int64_t m, int64_t count, __m512* result) const {
-    int8_tiles<BLOCKS>(stream(block), x, m, count, result);
-  }
-#endif
-
-  __m512 finish(__m512 value, int64_t n, __mmask16 which) const {
-    return _mm512_mul_ps(value, load16(scales + n, which));
-  }
-};
-
-struct Int4Kernel {
-  const uint8_t* weights;
-  const QuantizedRows& x;
-
-  const uint8_t* stream(int64_t block) const { return weights + block * x.groups * kInt4Bytes; }
-
-  template <int ROWS>
-  void pass(int64_t block, int64_t m, __m512* result) const {
-    int4_block<ROWS>(stream(block), x, m, result);
-  }
-
-#ifdef __AMX_INT8__
-  template <int BLOCKS>
-  void tiles(int64_t block, int64_t m, int64_t count, __m512* result) const {
-    int4_tiles<BLOCKS>(stream(block), x, m, count, result);
-  }
-#endif
-
-  __m512 finish(__m512 value, int64_t, __mmask16) const { return value; }
-};
 
 at::Tensor avx512_int8_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
                               const std::optional<at::Tensor>& bias) {
