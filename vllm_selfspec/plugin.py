@@ -126,6 +126,12 @@ IN_WORKERS = (
         "vllm_selfspec.drafter.proposer:runner_init",
     ),
     Seam(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_spec_decode_draft_probs",
+        "the probabilities of all drafts are not copied where they lie in order",
+        ("self", "spec_decode_metadata"),
+        "vllm_selfspec.drafter.proposer:verified_draft_probs",
+    ),
+    Seam(
         "vllm.model_executor.layers.linear:UnquantizedLinearMethod.process_weights_after_loading",
         "the only place where a CPU linear layer's full weight exists: the drafter quantizes it there",
         ("self", "layer"),
@@ -203,10 +209,10 @@ IN_CPU_WORKERS = (
         needed="vllm_selfspec.drafter.cpu_kernels:half_layers_need_kernels",
     ),
     Seam(
-        "vllm.v1.sample.rejection_sampler:rejection_sample",
-        "recovered tokens are drawn only where a draft was rejected",
-        ("draft_token_ids", "num_draft_tokens", "max_spec_len", "draft_probs", "target_logits", "synthetic_mode"),
-        "vllm_selfspec.compat.cpu_sampling:rejection_sample",
+        "vllm.v1.sample.rejection_sampler:RejectionSampler.forward",
+        "recovered tokens are drawn only where a draft was rejected, and large tensors are kept from step to step",
+        ("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
+        "vllm_selfspec.compat.cpu_sampling:forward",
     ),
     Seam(
         "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler.forward_cpu",

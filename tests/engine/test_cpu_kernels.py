@@ -11,6 +11,7 @@ import torch
 
 from vllm_selfspec.compat import cpu_half_linear
 from vllm_selfspec.drafter import cpu_kernels
+from vllm_selfspec.drafter.quantize import int4_groups
 from vllm_selfspec.drafter.quantize_rows import (
     Avx512Int4Linear,
     Avx512Int8Linear,
@@ -66,12 +67,12 @@ def int8_values(weight: torch.Tensor) -> torch.Tensor:
 
 
 def int4_values(weight: torch.Tensor) -> torch.Tensor:
-    """Nearest of 16 values between the least and the greatest of each group of 64, up to bfloat16 scales."""
-    columns = weight.shape[1]
-    groups = torch.nn.functional.pad(weight, (0, -columns % 64)).unflatten(1, (-1, 64))
-    low, high = groups.aminmax(dim=-1, keepdim=True)
-    scale, low = ((high - low) / 15).clamp(min=1e-8).bfloat16().float(), low.bfloat16().float()
-    return (((groups - low) / scale).round().clamp(0, 15) * scale + low).flatten(1)[:, :columns]
+    """What the weight is quantized to, as its packed tensors say."""
+    packed, scale_and_min = RowsInt4Linear(weight)._tensors
+    halves = packed.unflatten(1, (-1, 32))
+    scale, low = scale_and_min.float().unbind(-1)
+    values = torch.cat((halves & 15, halves >> 4), dim=-1) * scale[..., None] + low[..., None]
+    return values.flatten(1)[:, : weight.shape[1]]
 
 
 KINDS = {RowsInt8Linear: int8_values, RowsInt4Linear: int4_values}
@@ -145,11 +146,35 @@ def test_weights_are_quantized_to_the_bit(shape: tuple[int, int], dtype: torch.d
 
     packed, scale_and_min = RowsInt4Linear(weight)._tensors
     groups = torch.nn.functional.pad(wide, (0, -shape[1] % 64)).unflatten(1, (-1, 64))
-    low, high = groups.aminmax(dim=-1)
-    scale, low = ((high - low) / 15).clamp(min=1e-8).bfloat16(), low.bfloat16()
-    assert torch.equal(scale_and_min, torch.stack((scale, low), dim=-1))
-    expected = ((groups - low.float()[..., None]) / scale.float()[..., None]).round().clamp(0, 15).to(torch.uint8)
+    scale, low = scale_and_min.float().unsqueeze(-1).unbind(-2)
+    expected = ((groups - low) / scale).round().clamp(0, 15).to(torch.uint8)
     assert torch.equal(packed.unflatten(1, (-1, 32)), expected[..., :32] | (expected[..., 32:] << 4))
+
+
+def int4_error(groups: torch.Tensor, scale: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """Squared error of each group of 64, scale and minimum [..., 1] as bfloat16 holds them."""
+    scale, low = scale.bfloat16().float(), low.bfloat16().float()
+    return (((groups - low) / scale).round().clamp(0, 15) * scale + low - groups).square().sum(dim=-1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int4_fits_its_groups(shape: tuple[int, int]) -> None:
+    """No group is worse off than with sixteen values from the least to the greatest, and most are better."""
+    weight = weight_of(shape, torch.bfloat16).float()
+    weight[3] = 0.0
+    weight[4] = 0.25
+    groups = torch.nn.functional.pad(weight, (0, -shape[1] % 64)).unflatten(1, (-1, 64))
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    between = int4_error(groups, ((high - low) / 15).clamp(min=1e-8), low)
+    scale, low = RowsInt4Linear(weight)._tensors[1].float().unsqueeze(-1).unbind(-2)
+    own = int4_error(groups, scale, low)
+    assert (own <= between * 1.0001 + 1e-12).all()
+    assert own.sum() < 0.95 * between.sum()
+
+    if shape[1] % 64 == 0:  # ATen's kernel takes no other
+        q, pairs = int4_groups(weight, torch.bfloat16)
+        scale, zero = pairs.float().unsqueeze(-1).unbind(-2)
+        assert torch.allclose(((q.float() - 8) * scale + zero - groups).square().sum(dim=-1), own, rtol=0.2, atol=1e-6)
 
 
 @pytest.mark.skipif(Avx512Int8Linear not in KINDS, reason="needs AVX-512 and VNNI")

@@ -35,7 +35,12 @@ from vllm_selfspec.config import ConfigError
 from vllm_selfspec.control.calibrate import read_sweep
 from vllm_selfspec.drafter import quantize_cuda
 from vllm_selfspec.drafter import speculator as speculator_module
-from vllm_selfspec.drafter.quantize_cuda import CudaLinear, default_cuda_precision, quantize_int4, usable_precisions
+from vllm_selfspec.drafter.quantize_cuda import (
+    CudaLinear,
+    default_cuda_precision,
+    quantize_int4,
+    usable_cuda_precisions,
+)
 from vllm_selfspec.drafter.runner import RUNNER_VARIABLE, choose_runner, every_draft_length
 from vllm_selfspec.plugin import register
 
@@ -219,11 +224,11 @@ def test_precisions_by_compute_capability(
 ) -> None:
     monkeypatch.setattr(quantize_cuda, "_capability", lambda: capability)
     assert default_cuda_precision() == default
-    assert set(usable_precisions()) == usable
+    assert set(usable_cuda_precisions()) == usable
 
 
 def test_this_machine_has_no_cuda_precision() -> None:
-    assert quantize_cuda._capability() is None and usable_precisions() == ["native"]
+    assert quantize_cuda._capability() is None and usable_cuda_precisions() == ["native"]
 
 
 def test_the_checkpoint_layer_is_what_vllms_own_kernels_take(kernels: None) -> None:

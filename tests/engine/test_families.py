@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from engines import Job, drive, engine, greedy, random_lengths, random_prompt, runner_of, texts, watch
 from tiny_models import FAMILIES
 
+from vllm_selfspec.drafter.quantize import quantize
 from vllm_selfspec.drafter.view import DrafterLinearMethod
 
 VIEWS: dict[str, dict[str, Any]] = {
@@ -56,3 +58,20 @@ def test_family_equals_plain_decoding(
         else:
             assert sum("gate_up_proj" in name for name in quantized) == 4
             assert sum("qkv_proj" in name for name in quantized) == 4
+
+
+@pytest.mark.parametrize("weights", ["int4", "int4+int8"])
+def test_int4_leaves_the_attention_inputs_at_int8(weights: str, tiny: Callable[..., str]) -> None:
+    settings = {"drafter": {"weights": weights, "lm_head": "int4"}, "control": {"mode": "fixed"}}
+    with engine(tiny("qwen2"), settings) as llm:
+        drafter = runner_of(llm).drafter.model
+        states = {
+            name: module.quant_method.state
+            for name, module in drafter.named_modules()
+            if isinstance(getattr(module, "quant_method", None), DrafterLinearMethod)
+        }
+    eight_bits = type(quantize(torch.zeros(64, 64), "int8"))
+    for name, state in states.items():
+        many_rows = weights == "int4+int8" and "backbones.0" in name
+        assert isinstance(state, eight_bits) == ("qkv_proj" in name or many_rows), name
+    assert sum("qkv_proj" in name for name in states) == len(drafter.backbones) * 4

@@ -415,7 +415,7 @@ def test_layers_processed_off_the_cpu_are_refreshed_lazily(monkeypatch: pytest.M
     head.weight = embedding.weight
     tap = WeightTap(object(), lambda layer: "native" if layer is embedding else "int8")
     for layer in (head, linear):
-        tap.state(layer, "int8")
+        tap.state(layer)
     tap.watch(Target())
     assert tap.refresh() == 0
     for layer in (embedding, linear):
@@ -426,7 +426,7 @@ def test_layers_processed_off_the_cpu_are_refreshed_lazily(monkeypatch: pytest.M
     head.weight = embedding.weight
     assert tap.refresh() == 2
     for layer in (head, linear):
-        assert torch.equal(tap.state(layer, "int8").made_of, layer.weight)
+        assert torch.equal(tap.state(layer).made_of, layer.weight)
 
 
 def test_one_scheduler_per_rank_wants_one_profile(tiny: Callable[..., str]) -> None:

@@ -15,62 +15,101 @@ vLLM's functions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
+from vllm.v1.sample.rejection_sampler import RejectionSampler
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from vllm_selfspec.drafter.sampling import inverse_cdf, uniforms
+from vllm_selfspec.drafter.sampling import Scratch, inverse_cdf, uniforms
 
 PLACEHOLDER = -1
 """What vLLM puts behind a request's last token."""
 
 
+class RejectionScratch:
+    """The large tensors of one engine's verification, kept from step to step."""
+
+    def __init__(self) -> None:
+        self.gathered, self.raw, self.processed, self.probs = Scratch(), Scratch(), Scratch(), Scratch()
+
+
+def forward(
+    original: Callable[..., SamplerOutput],
+    self: RejectionSampler,
+    metadata: SpecDecodeMetadata,
+    draft_probs: torch.Tensor | None,
+    logits: torch.Tensor,
+    sampling_metadata: SamplingMetadata,
+) -> SamplerOutput:
+    """vLLM's `RejectionSampler.forward` for B requests with N drafts in all.
+
+    Args:
+        metadata: the drafts, and which rows of `logits` belong to them.
+        draft_probs: [N, V] float32, what the drafts were drawn from.
+        logits: [N + B, V] the target's.
+
+    Returns:
+        [B, γ + 1] tokens: accepted drafts, then a recovered or the bonus token, then placeholders. Log-probabilities
+        where a request wants them.
+    """
+    scratch: RejectionScratch | None = getattr(self, "selfspec_scratch", None)  # None in vLLM's own engines
+    drafts = metadata.draft_token_ids.shape[0]
+    if (
+        scratch is None
+        or (drafts and draft_probs is None)
+        or self.synthetic_mode
+        or self.is_processed_logprobs_mode
+        or sampling_metadata.all_greedy
+    ):
+        return original(self, metadata, draft_probs, logits, sampling_metadata)
+    wanted = sampling_metadata.max_num_logprobs
+    bonus = self.sampler(
+        logits=logits[metadata.bonus_logits_indices],
+        sampling_metadata=replace(sampling_metadata, max_num_logprobs=None if wanted is None else -1),
+        predict_bonus_token=True,
+        logprobs_mode_override="raw_logits",
+    )
+    shape = (drafts, logits.shape[1])
+    gathered = scratch.gathered.take(shape, logits.dtype)
+    torch.index_select(logits, 0, metadata.target_logits_indices, out=gathered)
+    raw = scratch.raw.take(shape, torch.float32).copy_(gathered)
+    processed = raw if wanted is None else scratch.processed.take(shape, torch.float32).copy_(raw)
+    processed = self.apply_logits_processors(processed, sampling_metadata, metadata)
+    processed = rejection_sampler.apply_sampling_constraints(processed, metadata.cu_num_draft_tokens, sampling_metadata)
+    tokens = rejection_sample(metadata, draft_probs, processed, bonus.sampled_token_ids, sampling_metadata, scratch)
+    logprobs = None
+    if wanted is not None:
+        logprobs = self._get_logprobs_tensors(wanted, metadata, logits, raw, bonus.logprobs_tensors.logprobs, tokens)
+    return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
+
+
 def rejection_sample(
-    original: Callable[..., torch.Tensor],
-    draft_token_ids: torch.Tensor,
-    num_draft_tokens: list[int],
-    max_spec_len: int,
-    cu_num_draft_tokens: torch.Tensor,
+    metadata: SpecDecodeMetadata,
     draft_probs: torch.Tensor | None,
     target_logits: torch.Tensor,
     bonus_token_ids: torch.Tensor,
     sampling_metadata: SamplingMetadata,
-    synthetic_mode: bool = False,
-    *args: Any,
-    **kwargs: Any,
+    scratch: RejectionScratch,
 ) -> torch.Tensor:
-    """vLLM's `rejection_sample` for B requests with N drafts in all.
+    """Accept drafts or replace them.
 
     Args:
-        draft_token_ids: [N] integers, the drafts of all requests in a row.
-        num_draft_tokens: drafts of each request, N in all.
-        max_spec_len: γ, the most of them.
-        draft_probs: [N, V] float32, what the drafts were drawn from.
+        metadata, draft_probs: as of `forward`.
         target_logits: [N, V] float32, after temperature, top-k and top-p.
         bonus_token_ids: [B, 1] the target's token behind the last draft.
 
     Returns:
-        [B, γ + 1] int32: accepted drafts, then a recovered or the bonus token, then placeholders.
+        [B, γ + 1] int32 tokens.
     """
-    if not len(draft_token_ids):
+    draft_token_ids, num_draft_tokens = metadata.draft_token_ids, metadata.num_draft_tokens
+    if draft_probs is None:
         return bonus_token_ids.int()
-    if synthetic_mode or draft_probs is None or sampling_metadata.all_greedy:
-        return original(
-            draft_token_ids,
-            num_draft_tokens,
-            max_spec_len,
-            cu_num_draft_tokens,
-            draft_probs,
-            target_logits,
-            bonus_token_ids,
-            sampling_metadata,
-            synthetic_mode,
-            *args,
-            **kwargs,
-        )
     batch_size = len(num_draft_tokens)
     lengths = torch.tensor(num_draft_tokens)
     request = torch.arange(batch_size).repeat_interleave(lengths)  # [N]
@@ -78,7 +117,8 @@ def rejection_sample(
     step = torch.arange(len(request)) - first[request]  # [N]
     drafts = draft_token_ids.long()
 
-    target_probs = target_logits.softmax(dim=-1)  # [N, V]
+    target_probs = scratch.probs.take(target_logits.shape, torch.float32)
+    torch.softmax(target_logits, dim=-1, out=target_probs)  # [N, V]
     p = target_probs.gather(1, drafts[:, None])[:, 0]
     q = draft_probs.gather(1, drafts[:, None])[:, 0]
     generators = sampling_metadata.generators
@@ -92,10 +132,10 @@ def rejection_sample(
         greedy = sampling_metadata.temperature == 0
         accept = torch.where(greedy[request], drafts == target_logits.argmax(dim=-1), accept)
 
-    table = torch.zeros(batch_size, max_spec_len, dtype=torch.int64)
+    table = torch.zeros(batch_size, metadata.max_spec_len, dtype=torch.int64)
     table[request, step] = accept.long()
     accepted = table.cumprod(dim=1).sum(dim=1)  # [B] drafts accepted before the first rejection
-    output = torch.full((batch_size, max_spec_len + 1), PLACEHOLDER, dtype=torch.int32)
+    output = torch.full((batch_size, metadata.max_spec_len + 1), PLACEHOLDER, dtype=torch.int32)
     kept = step < accepted[request]
     output[request[kept], step[kept]] = draft_token_ids[kept].int()
 

@@ -24,10 +24,11 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 
+from vllm_selfspec.compat.cpu_sampling import RejectionScratch
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.drafter.quantize import choose_precision
 from vllm_selfspec.drafter.refresh import WeightTap
-from vllm_selfspec.drafter.sampling import sample_drafts
+from vllm_selfspec.drafter.sampling import Scratch, sample_drafts
 from vllm_selfspec.drafter.view import build_view, quantization_plan
 from vllm_selfspec.speculative_config import SelfSpecSpeculativeConfig
 
@@ -41,7 +42,26 @@ def runner_init(original: Callable[..., None], self: Any, vllm_config: VllmConfi
         return
     with patch("vllm.v1.worker.gpu_model_runner.DraftModelProposer", SelfDraftProposer):
         original(self, vllm_config, *args, **kwargs)
-    self.sampler.topk_topp_sampler.selfspec = True  # read by compat/cpu_sampling.py
+    # Both are read by compat/cpu_sampling.py.
+    self.sampler.topk_topp_sampler.selfspec = True
+    self.rejection_sampler.selfspec_scratch = RejectionScratch()
+
+
+def verified_draft_probs(
+    original: Callable[..., torch.Tensor | None], self: Any, spec_decode_metadata: Any
+) -> torch.Tensor | None:
+    """`GPUModelRunner._get_spec_decode_draft_probs`, without a copy where the batch is the one that drafted.
+
+    Returns:
+        [N, V] what the drafts that are verified were drawn from, valid until the drafter's next proposal.
+    """
+    probs = self._draft_probs
+    if probs is not None and self.input_batch.req_ids == self._draft_prob_req_ids:
+        batch_size, gamma, _ = probs.shape
+        if spec_decode_metadata.num_draft_tokens == [gamma] * batch_size:
+            flat: torch.Tensor = probs.flatten(0, 1)
+            return flat
+    return original(self, spec_decode_metadata)
 
 
 def draft_slots(
@@ -83,7 +103,10 @@ class SelfDraftProposer(DraftModelProposer):
         self._layers = drafter.layers(vllm_config.model_config.get_total_num_hidden_layers())
         self._weights = choose_precision("drafter.weights", drafter.weights, self.device.type)
         self._lm_head = choose_precision("drafter.lm_head", drafter.lm_head, self.device.type)
-        self._tap = WeightTap(vllm_config, quantization_plan(self._layers, self._weights, self._lm_head))
+        self._tap = WeightTap(
+            vllm_config, quantization_plan(self._layers, self._weights, self._lm_head, self.device.type)
+        )
+        self._scratch = Scratch()
         self._steps = torch.arange(self.max_batch_size + 1, dtype=torch.int32)
 
     def load_model(self, target_model: nn.Module) -> None:
@@ -159,7 +182,7 @@ class SelfDraftProposer(DraftModelProposer):
         Returns:
             [B, γ] int64 draft token ids.
         """
-        self._last_draft_probs = None
+        self._last_draft_probs = None  # and with it what the runner holds: both are of the step before
         batch_size = common_attn_metadata.batch_size()
         gamma = num_speculative_tokens
         drafts = torch.empty((batch_size, gamma), dtype=torch.int64, device=self.device)
@@ -197,7 +220,7 @@ class SelfDraftProposer(DraftModelProposer):
         idle = self._runner.discard_request_mask.np
         generators = {row: generator for row, generator in sampling_metadata.generators.items() if not idle[row]}
         tokens = next_token_ids
-        probs: list[torch.Tensor] = []
+        probs: torch.Tensor | None = None
         for step in range(gamma):
             position = (start + step).clamp_(max=self.max_model_len - 1)
             self.input_ids[:batch_size] = tokens
@@ -219,7 +242,8 @@ class SelfDraftProposer(DraftModelProposer):
             tokens, q = sample_drafts(self.model.compute_logits(hidden), sampling_metadata, generators)
             drafts[:, step] = tokens
             if q is not None:
-                probs.append(q)
-        if probs:
-            self._last_draft_probs = torch.stack(probs, dim=1)
+                if probs is None:
+                    probs = self._scratch.take((batch_size, gamma, q.shape[1]), q.dtype, q.device)
+                probs[:, step] = q
+        self._last_draft_probs = probs
         return drafts

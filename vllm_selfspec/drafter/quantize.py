@@ -16,6 +16,7 @@ from vllm_selfspec.config import ConfigError, Precision
 from vllm_selfspec.drafter.cpu_kernels import own_kernels
 
 INT4_GROUP = 64
+_INT4_FITS = 2
 
 FEW_ROWS = 3
 """ATen's int4 kernel works in blocks of four rows, and its time grows with each: up to here it beats int8."""
@@ -56,11 +57,26 @@ def int4_groups(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor,
         q as uint8 [N, G, 64], 0 to 15; scales and zeros [N, G, 2].
     """
     groups = weight.float().unflatten(1, (-1, INT4_GROUP))
-    low, high = groups.aminmax(dim=-1)
-    scale = ((high - low) / 15).clamp_(min=1e-8).to(dtype)
-    zero = (low + 8 * scale.float()).to(dtype)
-    quantized = ((groups - zero.float()[..., None]) / scale.float()[..., None] + 8).round_().clamp_(0, 15)
-    return quantized.to(torch.uint8), torch.stack((scale, zero), dim=-1)
+
+    def nearest(scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        scale, zero = scale.clamp(min=1e-8).to(dtype), zero.to(dtype)
+        q = ((groups - zero.float()) / scale.float()).round_().add_(8).clamp_(0, 15)
+        error = ((q - 8) * scale.float() + zero.float() - groups).square_().sum(dim=-1, keepdim=True)
+        return q, scale, zero, error
+
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    scale = (high - low) / 15
+    best = nearest(scale, low + 8 * scale)
+    # Then fitted to all values of a group: a regression of them on their q.
+    for _ in range(_INT4_FITS):
+        q = best[0] - best[0].mean(dim=-1, keepdim=True)
+        scale = (q * groups).sum(dim=-1, keepdim=True) / q.square().sum(dim=-1, keepdim=True).clamp_(min=1e-8)
+        zero = (groups - (best[0] - 8) * scale).mean(dim=-1, keepdim=True)
+        fitted = nearest(scale, zero)
+        better = fitted[3] < best[3]
+        best = tuple(torch.where(better, new, old) for new, old in zip(fitted, best, strict=True))
+    q, scale, zero, _ = best
+    return q.to(torch.uint8), torch.cat((scale, zero), dim=-1)
 
 
 class CpuInt8Linear(QuantizedLinear):
@@ -171,6 +187,18 @@ def default_precision(device_type: str) -> Precision:
     return default_cuda_precision()
 
 
+def usable_precisions(device_type: str) -> list[str]:
+    """Precisions for which this platform has kernels, `native` first."""
+    if device_type != "cpu":
+        from vllm_selfspec.drafter.quantize_cuda import usable_cuda_precisions
+
+        return usable_cuda_precisions()
+    import vllm._custom_ops  # noqa: F401  # registers the kernels
+
+    int8 = own_kernels() or hasattr(torch.ops._C, "create_onednn_scaled_mm_handler")
+    return ["native", "int4", *(["int8", "int4+int8"] if int8 else [])]
+
+
 def choose_precision(field: str, asked: Precision | None, device_type: str) -> Precision:
     """The precision of `field`: the one asked for if there is a kernel, the platform's own when none is (None).
 
@@ -181,15 +209,7 @@ def choose_precision(field: str, asked: Precision | None, device_type: str) -> P
         return default_precision(device_type)
     if asked == "native":
         return asked
-    if device_type == "cpu":
-        import vllm._custom_ops  # noqa: F401  # registers the kernels
-
-        int8 = own_kernels() or hasattr(torch.ops._C, "create_onednn_scaled_mm_handler")
-        usable = ["native", "int4", *(["int8", "int4+int8"] if int8 else [])]
-    else:
-        from vllm_selfspec.drafter.quantize_cuda import usable_precisions
-
-        usable = usable_precisions()
+    usable = usable_precisions(device_type)
     if asked not in usable:
         raise ConfigError(f"{field} is {asked!r}, which has no kernel here: use one of {', '.join(sorted(usable))}.")
     return asked

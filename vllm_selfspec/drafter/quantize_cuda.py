@@ -38,7 +38,7 @@ def _capability() -> int | None:
     return None if capability is None else int(capability.to_int())
 
 
-def usable_precisions() -> list[str]:
+def usable_cuda_precisions() -> list[str]:
     """Precisions for which vLLM has a kernel on this GPU, `native` first."""
     capability = _capability()
     usable = ["native"]
@@ -61,7 +61,7 @@ def default_cuda_precision() -> Precision:
         return "native"
     if capability >= 89:
         return "fp8"
-    return "int4" if "int4" in usable_precisions() else "native"
+    return "int4" if "int4" in usable_cuda_precisions() else "native"
 
 
 class CudaLinear(QuantizedLinear):

