@@ -4,6 +4,7 @@ import math
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -207,10 +208,14 @@ def test_a_decision_never_leaves_its_bounds(
 ) -> None:
     caps = caps[:num_decode]
     state = StepState(num_decode=num_decode, pending_prefill_tokens=prefill, draft_caps=tuple(caps))
-    chosen = decide(
+    decision = decide(
         state, FixedTimes(verify, draft), TAU, ControlSettings(max_draft_tokens=4, mode=mode), memory, doubts
-    ).num_draft_tokens
+    )
+    chosen = decision.num_draft_tokens
     assert 0 <= chosen <= 4
+    free = num_decode - len(caps)
+    for gamma, tokens in enumerate(decision.tokens):
+        assert tokens == pytest.approx(free * TAU[gamma] + sum(TAU[min(cap, gamma)] for cap in caps))
     if mode == "off" or num_decode == 0:
         assert chosen == 0
     if caps and len(caps) == num_decode:
@@ -288,6 +293,23 @@ def test_an_outlier_is_ignored_and_a_change_is_followed() -> None:
     for _ in range(60):
         correction.observe(2.0 * usual, 4, 512, 0, 0)
     assert correction.step_times(4, 512, 7).verify[0] == pytest.approx(2.0 * usual, rel=0.1)
+
+
+def test_doubts_are_those_of_the_ratio_of_two_cycles() -> None:
+    """Against corrections drawn from the state's own distribution."""
+    model = _model(0.010, 1e-4, 0.004)
+    correction = OnlineCorrection(model, 4)
+    rng = np.random.default_rng(0)
+    for step in range(60):
+        correction.observe(0.02 * float(rng.lognormal(0.0, 0.05)), 4, 512, step % 3, step % 5)
+    times = correction.step_times(4, 512, 4)
+    start = correction._octave(4) * correction._width
+    own = slice(start, start + correction._width)
+    drawn = np.exp(1e-3 * rng.multivariate_normal(np.zeros(correction._width), correction._cov[own, own], size=20_000))
+    cycles = drawn[:, :-1] * times.verify + np.outer(drawn[:, -1], np.arange(5)) * times.draft
+    for current in range(5):
+        spread = 1e3 * np.log(cycles / cycles[:, [current]]).std(axis=0)
+        assert correction.doubts(4, 512, current) == pytest.approx(spread.tolist(), rel=0.03, abs=1e-9)
 
 
 def test_a_duration_must_be_positive() -> None:

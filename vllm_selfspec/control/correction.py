@@ -49,7 +49,6 @@ class OnlineCorrection:
         self._prior = self._prior_covariance(cost_model.is_prior)
         self._cov = self._prior.copy()
         self._mean = np.zeros(len(self._prior))
-        self._gammas = np.arange(max_draft_tokens + 1)
         self._updates = 0
         self._surprises = 0
         self.ignored = 0
@@ -88,7 +87,9 @@ class OnlineCorrection:
 
     def step_times(self, batch: float, seq: float, max_draft_tokens: int) -> StepTimes:
         """Corrected times for γ in 0..max_draft_tokens (≤ the maximum of the constructor)."""
-        key = self._key(batch, seq)
+        return self._times(self._key(batch, seq))
+
+    def _times(self, key: tuple[int, int]) -> StepTimes:
         cached = self._corrected.get(key)
         if cached is not None and cached[0] == self._updates:
             return cached[1]
@@ -105,18 +106,21 @@ class OnlineCorrection:
 
     def doubts(self, batch: float, seq: float, current: int) -> list[float]:
         """For each γ, the standard deviation of log(cycle time of γ / cycle time of `current`) at this point."""
-        times = self.step_times(batch, seq, self.max_draft_tokens)
-        verify = np.array(times.verify)
-        share = verify / (verify + self._gammas * times.draft)
-        # rows: the cycle's logarithm as a combination of the octave's corrections
-        mix = np.zeros((len(share), self._width))
-        np.fill_diagonal(mix, share)
-        mix[:, -1] = 1.0 - share
-        mix -= mix[current]
-        start = self._octave(self._key(batch, seq)[0]) * self._width
-        block = self._cov[start : start + self._width, start : start + self._width]
-        variance = (mix @ block * mix).sum(axis=1)
-        result: list[float] = np.sqrt(np.maximum(variance, 0.0)).tolist()
+        key = self._key(batch, seq)
+        times = self._times(key)
+        start = self._octave(key[0]) * self._width
+        cov = self._cov[start : start + self._width, start : start + self._width].tolist()
+        draft_cov, own_cov = cov[-1], cov[current]
+        own = times.verify[current] / (times.verify[current] + current * times.draft)
+        result = []
+        for gamma, verify in enumerate(times.verify):
+            # the ratio's logarithm: share · verify[γ] - own · verify[current] + rest · draft, in corrections
+            share = verify / (verify + gamma * times.draft)
+            rest = own - share
+            variance = share * share * cov[gamma][gamma] + own * own * own_cov[current] + rest * rest * draft_cov[-1]
+            variance += 2.0 * (share * rest * draft_cov[gamma] - share * own * own_cov[gamma])
+            variance -= 2.0 * own * rest * draft_cov[current]
+            result.append(math.sqrt(max(0.0, variance)))
         return result
 
     def predict(self, batch: float, seq: float, num_verified: float, num_drafted: int, prefill_tokens: int) -> float:

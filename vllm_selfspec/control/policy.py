@@ -180,12 +180,12 @@ def _cycle_times(state: StepState, times: StepTimes, prefill_tokens: int, longes
 
 def _tokens(state: StepState, per_request: Sequence[float], longest: int) -> list[float]:
     """Expected tokens of the whole batch for γ in 0..longest; a capped request gains nothing past its cap."""
-    free = state.num_decode - len(state.draft_caps)
-    tokens = [free * per_request[gamma] for gamma in range(longest + 1)]
-    if state.draft_caps:
-        for cap, count in Counter(state.draft_caps).items():
-            for gamma in range(longest + 1):
-                tokens[gamma] += count * per_request[min(cap, gamma) if cap > 0 else 0]
+    able = state.num_decode  # to use one draft more
+    ending = Counter(state.draft_caps)
+    tokens = [able * per_request[0]]
+    for gamma in range(1, longest + 1):
+        able -= ending[gamma - 1]
+        tokens.append(tokens[-1] + able * (per_request[gamma] - per_request[gamma - 1]))
     return tokens
 
 
