@@ -16,7 +16,8 @@ from vllm_selfspec.config import ConfigError, Precision
 from vllm_selfspec.drafter.cpu_kernels import own_kernels
 
 INT4_GROUP = 64
-_INT4_FITS = 2
+INT4_FITS = 2
+"""Regressions of scale and zero on the values of a group; as many as `csrc` makes."""
 
 FEW_ROWS = 3
 """ATen's int4 kernel works in blocks of four rows, and its time grows with each: up to here it beats int8."""
@@ -68,7 +69,7 @@ def int4_groups(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor,
     scale = (high - low) / 15
     best = nearest(scale, low + 8 * scale)
     # Then fitted to all values of a group: a regression of them on their q.
-    for _ in range(_INT4_FITS):
+    for _ in range(INT4_FITS):
         q = best[0] - best[0].mean(dim=-1, keepdim=True)
         scale = (q * groups).sum(dim=-1, keepdim=True) / q.square().sum(dim=-1, keepdim=True).clamp_(min=1e-8)
         zero = (groups - (best[0] - 8) * scale).mean(dim=-1, keepdim=True)
