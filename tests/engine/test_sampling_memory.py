@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Job, drive, engine, random_prompt, runner_of, watch
+from engines import Job, drive, engine, greedy, random_prompt, runner_of, texts, watch
 from vllm import SamplingParams
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -87,3 +87,20 @@ def test_verification_keeps_its_memory(logprobs: int | None, tiny: Callable[...,
         assert places() == before
         # The unprocessed logits are kept apart only for those who ask for log-probabilities.
         assert [bool(place) for place in before] == [True, True, logprobs is not None, True, True]
+
+
+def test_a_greedy_request_outlives_a_sampled_one(tiny: Callable[..., str]) -> None:
+    """Its drafts were made beside the other's, with probabilities, and are verified in a batch that is all greedy."""
+    checkpoint = tiny("llama")
+    jobs = [
+        Job(random_prompt(9, 1), greedy(40)),
+        Job(random_prompt(9, 2), SamplingParams(temperature=1.0, max_tokens=7)),
+    ]
+    with engine(checkpoint) as llm:
+        (expected,) = texts(drive(llm, jobs[:1]))
+    settings = {"num_speculative_tokens": 3, "drafter": DRAFTER, "control": {"mode": "fixed"}}
+    with engine(checkpoint, settings) as llm:
+        seen = watch(llm)
+        assert texts(drive(llm, jobs))[0] == expected
+        assert 0 < seen.accepted < seen.drafted
+        assert runner_of(llm).rejection_sampler.selfspec_scratch.gathered._memory.nbytes

@@ -51,7 +51,7 @@ def forward(
 
     Args:
         metadata: the drafts, and which rows of `logits` belong to them.
-        draft_probs: [N, V] float32, what the drafts were drawn from.
+        draft_probs: [N, V] float32, what the drafts were drawn from; None where all requests are greedy.
         logits: [N + B, V] the target's.
 
     Returns:
@@ -62,12 +62,13 @@ def forward(
     drafts = metadata.draft_token_ids.shape[0]
     if (
         scratch is None
-        or (drafts and draft_probs is None)
+        or (drafts and draft_probs is None and not sampling_metadata.all_greedy)
         or self.synthetic_mode
         or self.is_processed_logprobs_mode
-        or sampling_metadata.all_greedy
     ):
         return original(self, metadata, draft_probs, logits, sampling_metadata)
+    if sampling_metadata.all_greedy:
+        draft_probs = None  # some may be left from a step in which others sampled
     wanted = sampling_metadata.max_num_logprobs
     bonus = self.sampler(
         logits=logits[metadata.bonus_logits_indices],
@@ -108,7 +109,7 @@ def rejection_sample(
         [B, γ + 1] int32 tokens.
     """
     draft_token_ids, num_draft_tokens = metadata.draft_token_ids, metadata.num_draft_tokens
-    if draft_probs is None:
+    if not len(draft_token_ids):
         return bonus_token_ids.int()
     batch_size = len(num_draft_tokens)
     lengths = torch.tensor(num_draft_tokens)
@@ -117,20 +118,23 @@ def rejection_sample(
     step = torch.arange(len(request)) - first[request]  # [N]
     drafts = draft_token_ids.long()
 
-    target_probs = scratch.probs.take(target_logits.shape, torch.float32)
-    torch.softmax(target_logits, dim=-1, out=target_probs)  # [N, V]
-    p = target_probs.gather(1, drafts[:, None])[:, 0]
-    q = draft_probs.gather(1, drafts[:, None])[:, 0]
     generators = sampling_metadata.generators
-    u = torch.rand(len(request), dtype=torch.float64)
-    for row, generator in generators.items():
-        u[request == row] = torch.rand(num_draft_tokens[row], dtype=torch.float64, generator=generator)
-    accept = u * q <= p
-    greedy = None
-    if not sampling_metadata.all_random:
-        assert sampling_metadata.temperature is not None
-        greedy = sampling_metadata.temperature == 0
-        accept = torch.where(greedy[request], drafts == target_logits.argmax(dim=-1), accept)
+    target_probs = greedy = None
+    if draft_probs is None:
+        accept = drafts == target_logits.argmax(dim=-1)
+    else:
+        target_probs = scratch.probs.take(target_logits.shape, torch.float32)
+        torch.softmax(target_logits, dim=-1, out=target_probs)  # [N, V]
+        p = target_probs.gather(1, drafts[:, None])[:, 0]
+        q = draft_probs.gather(1, drafts[:, None])[:, 0]
+        u = torch.rand(len(request), dtype=torch.float64)
+        for row, generator in generators.items():
+            u[request == row] = torch.rand(num_draft_tokens[row], dtype=torch.float64, generator=generator)
+        accept = u * q <= p
+        if not sampling_metadata.all_random:
+            assert sampling_metadata.temperature is not None
+            greedy = sampling_metadata.temperature == 0
+            accept = torch.where(greedy[request], drafts == target_logits.argmax(dim=-1), accept)
 
     table = torch.zeros(batch_size, metadata.max_spec_len, dtype=torch.int64)
     table[request, step] = accept.long()
@@ -144,14 +148,17 @@ def rejection_sample(
     rejected = (~everything).nonzero()[:, 0]
     if len(rejected):
         rows = first[rejected] + accepted[rejected]
-        target = target_probs[rows]
-        residual = (target - draft_probs[rows]).clamp_(min=0)
-        # p = q but for rounding leaves no residual: then p itself is right.
-        residual = torch.where(residual.sum(dim=1, keepdim=True) > 0, residual, target)
-        seeded = {i: generators[row] for i, row in enumerate(rejected.tolist()) if row in generators}
-        tokens = inverse_cdf(residual, uniforms(len(rejected), seeded))
-        if greedy is not None:
-            tokens = torch.where(greedy[rejected], target.argmax(dim=1), tokens)
+        if draft_probs is None or target_probs is None:
+            tokens = target_logits[rows].argmax(dim=1)
+        else:
+            target = target_probs[rows]
+            residual = (target - draft_probs[rows]).clamp_(min=0)
+            # p = q but for rounding leaves no residual: then p itself is right.
+            residual = torch.where(residual.sum(dim=1, keepdim=True) > 0, residual, target)
+            seeded = {i: generators[row] for i, row in enumerate(rejected.tolist()) if row in generators}
+            tokens = inverse_cdf(residual, uniforms(len(rejected), seeded))
+            if greedy is not None:
+                tokens = torch.where(greedy[rejected], target.argmax(dim=1), tokens)
         output[rejected, accepted[rejected]] = tokens.int()
     return output
 
