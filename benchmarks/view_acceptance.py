@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_selfspec.drafter import quantize
-from vllm_selfspec.prompts import embedded_prompts
+from vllm_selfspec.drafter.quantize import int4_groups
+from vllm_selfspec.drafter.quantize_cuda import quantize_per_channel
+from vllm_selfspec.prompts import embedded_prompts, encode_prompt
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 Name = Callable[[str], bool]
@@ -26,14 +27,13 @@ Name = Callable[[str], bool]
 
 def int8(weight: torch.Tensor) -> torch.Tensor:
     """Symmetric per output channel."""
-    scale = weight.float().abs().amax(dim=1, keepdim=True).clamp_(min=1e-12) / 127
-    return (weight.float() / scale).round_() * scale
+    quantized, scale = quantize_per_channel(weight, torch.int8)
+    return quantized * scale
 
 
 def int4(weight: torch.Tensor, fits: int) -> torch.Tensor:
     """Groups of 64, with so many fits of each group's scale and zero."""
-    quantize.INT4_FITS = fits
-    q, pairs = quantize.int4_groups(weight, torch.bfloat16)
+    q, pairs = int4_groups(weight, torch.bfloat16, fits)
     scale, zero = pairs.float().unsqueeze(-1).unbind(-2)
     return ((q.float() - 8) * scale + zero).flatten(1)
 
@@ -65,9 +65,7 @@ def answers(model: torch.nn.Module, tokenizer: object, tokens: int) -> list[tupl
     torch.manual_seed(0)
     texts = []
     for record in embedded_prompts():
-        messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
-        ids = prompt if isinstance(prompt, torch.Tensor) else prompt["input_ids"]
+        ids = torch.tensor([encode_prompt(tokenizer, record)])
         options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
         texts.append((ids.shape[1], model.generate(ids, max_new_tokens=tokens, **options)))
     return texts

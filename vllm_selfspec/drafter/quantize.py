@@ -16,8 +16,6 @@ from vllm_selfspec.config import ConfigError, Precision
 from vllm_selfspec.drafter.cpu_kernels import own_kernels
 
 INT4_GROUP = 64
-INT4_FITS = 2
-"""Regressions of scale and zero on the values of a group; as many as `csrc` makes."""
 
 FEW_ROWS = 3
 """ATen's int4 kernel works in blocks of four rows, and its time grows with each: up to here it beats int8."""
@@ -47,12 +45,13 @@ class QuantizedLinear(ABC):
         return self
 
 
-def int4_groups(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def int4_groups(weight: torch.Tensor, dtype: torch.dtype, fits: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize groups of 64 inputs to four bits; a value is (q - 8) * scale + zero.
 
     Args:
         weight: [N, K], K a multiple of 64.
         dtype: of scales and zeros; q is chosen for them as they are rounded.
+        fits: regressions of scale and zero on the values of a group; `csrc` makes as many.
 
     Returns:
         q as uint8 [N, G, 64], 0 to 15; scales and zeros [N, G, 2].
@@ -69,7 +68,7 @@ def int4_groups(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor,
     scale = (high - low) / 15
     best = nearest(scale, low + 8 * scale)
     # Then fitted to all values of a group: a regression of them on their q.
-    for _ in range(INT4_FITS):
+    for _ in range(fits):
         q = best[0] - best[0].mean(dim=-1, keepdim=True)
         scale = (q * groups).sum(dim=-1, keepdim=True) / q.square().sum(dim=-1, keepdim=True).clamp_(min=1e-8)
         zero = (groups - (best[0] - 8) * scale).mean(dim=-1, keepdim=True)
