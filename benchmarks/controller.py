@@ -4,9 +4,9 @@
     python benchmarks/controller.py MODEL --out controller.json
 
 One engine in this process; before each round its controller is exchanged: never draft, always draft γ, adaptive. The
-rounds alternate, so a machine whose speed drifts treats all alike; figures are medians of the round-by-round ratios to
-"never draft". That is plain decoding with the plugin loaded: `vllm-selfspec rollout --control '{"mode": "off"}'`
-measures how far it is from vLLM without the flag.
+rounds alternate, each beginning with another mode, so a machine whose speed drifts treats all alike; figures are
+medians of the round-by-round ratios to "never draft". That is plain decoding with the plugin loaded:
+`vllm-selfspec rollout --control '{"mode": "off"}'` measures how far it is from vLLM without the flag.
 
 The rounds are also predicted by the simulator, from the lengths that came out, a profile and the acceptance that was
 seen: predicted over measured makespan, median of the rounds. Beside it, the same for the very steps that were taken,
@@ -126,8 +126,9 @@ def main() -> None:
         # in a rollout requests end one after the other
         sizes = [1, 2, 4, 8, 16] if isinstance(params, list) else [batch]
         calibrations: dict[int, list[list[StepObservation]]] = {size: [] for size in sizes}
-        for _ in range(args.rounds):
-            for mode in modes:
+        for number in range(args.rounds):
+            turn = number % len(modes)
+            for mode in [*list(modes)[turn:], *list(modes)[:turn]]:
                 recordings[mode].append(run(mode, batch, params))
             if args.interleave:
                 for size in sizes:
