@@ -222,7 +222,7 @@ IN_CPU_WORKERS = (
     ),
 )
 
-IN_CUDA_WORKERS = (
+IN_V2_WORKERS = (
     Seam(
         "vllm.v1.worker.gpu.model_runner:init_speculator",
         "runner V2 builds the self-drafter where it would build a draft model's speculator",
@@ -260,7 +260,12 @@ def worker_init(original: Callable[..., None], self: Any, vllm_config: Any, *arg
     if isinstance(getattr(vllm_config.speculative_config, "selfspec", None), SelfSpecConfig):
         from vllm.platforms import current_platform
 
-        for seam in IN_WORKERS + MENDS + (IN_CUDA_WORKERS if current_platform.is_cuda() else IN_CPU_WORKERS):
+        seams = IN_WORKERS + MENDS
+        if current_platform.is_cpu():
+            seams += IN_CPU_WORKERS
+        if vllm_config.use_v2_model_runner:
+            seams += IN_V2_WORKERS
+        for seam in seams:
             seam.apply()
         for name, path in WORKER_METHODS.items():
             setattr(_owner(f"vllm.v1.worker.gpu_worker:Worker.{name}")[0], name, _function(path))

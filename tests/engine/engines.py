@@ -105,6 +105,12 @@ def runner_of(llm: LLM) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
+def drafter_of(llm: LLM) -> Any:
+    """The engine's drafter, by whichever name its model runner knows it."""
+    runner = runner_of(llm)
+    return getattr(runner, "drafter", None) or runner.speculator
+
+
 @dataclass
 class Watch:
     """What an engine did since it was watched.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import Job, drive, engine, greedy, random_lengths, random_prompt, runner_of, texts, watch
+from engines import Job, drafter_of, drive, engine, greedy, random_lengths, random_prompt, texts, watch
 from tiny_models import FAMILIES
 
 from vllm_selfspec.drafter.quantize import quantize
@@ -48,7 +48,7 @@ def test_family_equals_plain_decoding(
         assert seen.acceptance > (0.6 if view == "int8" else 0.1)
         quantized = [
             name
-            for name, module in runner_of(llm).drafter.model.named_modules()
+            for name, module in drafter_of(llm).model.named_modules()
             if isinstance(getattr(module, "quant_method", None), DrafterLinearMethod)
         ]
         if view == "exit":
@@ -64,7 +64,7 @@ def test_family_equals_plain_decoding(
 def test_int4_leaves_the_attention_inputs_at_int8(weights: str, tiny: Callable[..., str]) -> None:
     settings = {"drafter": {"weights": weights, "lm_head": "int4"}, "control": {"mode": "fixed"}}
     with engine(tiny("qwen2"), settings) as llm:
-        drafter = runner_of(llm).drafter.model
+        drafter = drafter_of(llm).model
         states = {
             name: module.quant_method.state
             for name, module in drafter.named_modules()

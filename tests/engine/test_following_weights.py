@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import addresses
+from engines import addresses, drafter_of
 from safetensors.torch import load_file
 from tiny_models import write_checkpoint
 from vllm import LLM, SamplingParams
@@ -56,7 +56,7 @@ def accepted_and_text(llm: LLM) -> tuple[int, list[list[int]]]:
 
 
 def proposer(llm: LLM) -> Any:
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.drafter
+    return drafter_of(llm)
 
 
 def buffers(llm: LLM) -> dict[Any, list[int]]:

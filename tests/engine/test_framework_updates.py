@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import addresses, engine, generate, greedy, random_prompt, runner_of, watch
+from engines import addresses, drafter_of, engine, generate, greedy, random_prompt, runner_of, watch
 from safetensors.torch import load_file
 from torch import nn
 from vllm import LLM
@@ -226,7 +226,7 @@ class State:
 
 
 def tap_of(llm: LLM) -> WeightTap:
-    return runner_of(llm).drafter._tap
+    return drafter_of(llm)._tap
 
 
 @torch.inference_mode()

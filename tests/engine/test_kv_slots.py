@@ -17,6 +17,7 @@ import torch
 from engines import (
     BLOCK,
     Job,
+    drafter_of,
     drive,
     engine,
     greedy,
@@ -171,7 +172,7 @@ def drafting(
 def inspector(drafting: LLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[Inspector]:
     """An inspector of the engine's proposals for one test."""
     inspecting = Inspector(drafting)
-    drafter = runner_of(drafting).drafter
+    drafter = drafter_of(drafting)
     original = type(drafter).propose
     monkeypatch.setattr(drafter, "propose", lambda **inputs: inspecting.propose(
         lambda **arguments: original(drafter, **arguments), **inputs))  # fmt: skip
@@ -196,7 +197,7 @@ def test_drafter_keeps_to_allocated_slots(
     assert inspector.proposals > 20 and inspector.padded > 3 and inspector.written > 200
     # Without lookahead slots the same requests fit into the cache.
     assert seen.preemptions > 0 or not lookahead
-    if lookahead and runner_of(drafting).drafter._weights == "native":
+    if lookahead and drafter_of(drafting)._weights == "native":
         assert seen.acceptance == 1.0
 
 

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from vllm_selfspec.plugin import EVERYWHERE, IN_CPU_WORKERS, IN_CUDA_WORKERS, IN_WORKERS, MENDS, Seam, SeamError
+from vllm_selfspec.plugin import EVERYWHERE, IN_CPU_WORKERS, IN_V2_WORKERS, IN_WORKERS, MENDS, Seam, SeamError
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_another_signature_is_refused_and_left_alone(toy: types.ModuleType):
 
 
 def test_the_table_says_what_each_seam_is_for():
-    seams = (*EVERYWHERE, *IN_WORKERS, *IN_CPU_WORKERS, *IN_CUDA_WORKERS, *MENDS)
+    seams = (*EVERYWHERE, *IN_WORKERS, *IN_CPU_WORKERS, *IN_V2_WORKERS, *MENDS)
     targets = [seam.target for seam in seams]
     assert len(targets) == len(set(targets)) > 8
     assert all(seam.why and seam.wrapper.startswith("vllm_selfspec.") for seam in seams)

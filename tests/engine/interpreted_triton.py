@@ -1,0 +1,38 @@
+"""vLLM's model runner V2 on CPU: its Triton kernels run in Triton's interpreter, one program after the other.
+
+vLLM wants a Triton that compiles for CPU; the interpreter needs none, and is fast enough for tiny models. The kernels
+are the very ones that run on a GPU, and so are the runner, the sampler and the rejection sampler; CUDA graphs are not.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+
+def install() -> None:
+    """Call before Triton or vLLM is imported."""
+    os.environ["TRITON_INTERPRET"] = "1"
+
+    import numpy as np
+    from triton import backends
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    # What vLLM looks for before it believes that Triton works on a CPU.
+    backends.backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+
+    # Kernels may mask with integers, which the compiler takes and the interpreter does not.
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def truth(mask: TensorHandle) -> TensorHandle:
+        return TensorHandle(mask.data.astype(np.bool_), mask.dtype)
+
+    def masked_load(self: Any, pointers: Any, mask: TensorHandle, *rest: Any) -> TensorHandle:
+        return load(self, pointers, truth(mask), *rest)
+
+    def masked_store(self: Any, pointers: Any, value: Any, mask: TensorHandle, *rest: Any) -> None:
+        store(self, pointers, value, truth(mask), *rest)
+
+    InterpreterBuilder.create_masked_load = masked_load
+    InterpreterBuilder.create_masked_store = masked_store
