@@ -90,6 +90,11 @@ engine-test: setup
 	@# Two at a time, a thread each and none pinned: starting engines is most of the work, and that is serial.
 	HF_HUB_OFFLINE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 KMP_BLOCKTIME=1 \
 		$(BIN)/python -m pytest -v --durations=25 -n 2 --dist loadfile tests/engine
+	echo "test 3/3: engine tests on model runner V2"
+	VLLM_USE_V2_MODEL_RUNNER=1 \
+		HF_HUB_OFFLINE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 KMP_BLOCKTIME=1 \
+		$(BIN)/python -m pytest -v --durations=10 -n 2 --dist loadfile \
+		$(addprefix tests/engine/test_,runner_v2.py families.py following_weights.py)
 
 clean:
 	rm -rf $(VENV) build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

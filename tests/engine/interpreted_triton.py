@@ -17,6 +17,8 @@ def install() -> None:
 
     import numpy as np
     from triton import backends
+    from triton.language.core import tensor
+    from triton.language.extra import libdevice
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     # What vLLM looks for before it believes that Triton works on a CPU.
@@ -36,3 +38,10 @@ def install() -> None:
 
     InterpreterBuilder.create_masked_load = masked_load
     InterpreterBuilder.create_masked_store = masked_store
+
+    # Of the device's library, which is not there, the sampler uses one function.
+    def log1p(x: tensor) -> tensor:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return tensor(TensorHandle(np.log1p(x.handle.data), x.handle.dtype), x.type)
+
+    libdevice.log1p = log1p

@@ -555,9 +555,10 @@ def test_the_table_of_draft_lengths_holds_every_length(most: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "cuda", "result"), [(None, True, "0"), ("1", True, "1"), ("0", True, "0"), (None, False, None)]
+    ("asked", "cuda", "result"),
+    [(None, True, "0"), ("1", True, "1"), ("0", True, "0"), (None, False, "0"), ("1", False, "1")],
 )
-def test_runner_v1_is_chosen_on_cuda_unless_the_user_chose(
+def test_runner_v1_is_chosen_unless_the_user_chose(
     monkeypatch: pytest.MonkeyPatch, asked: str | None, cuda: bool, result: str | None
 ) -> None:
     from vllm.platforms import current_platform

@@ -81,19 +81,21 @@ def shaped(logits: torch.Tensor, temperature: float, top_k: int = VOCABULARY, to
 
 
 @torch.inference_mode()
-def exact(model: PreTrainedModel, setting: dict[str, Any], allowed: Sequence[Sequence[int]] = ()) -> torch.Tensor:
-    """[V, V, V, V] probability of every answer of four tokens, each of those that are `allowed` at its place."""
-    prefixes = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=LENGTH - 1)))
+def exact(
+    model: PreTrainedModel, setting: dict[str, Any], allowed: Sequence[Sequence[int]] = (), length: int = LENGTH
+) -> torch.Tensor:
+    """[V] * length probability of every answer, with a token of those that are `allowed` at each place."""
+    prefixes = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=length - 1)))
     inputs = torch.cat([torch.tensor(PROMPT).expand(len(prefixes), -1), prefixes], dim=1)
     logits = model(inputs).logits[:, len(PROMPT) - 1 :]
     for place, tokens in enumerate(allowed):
         forbidden = [token for token in range(VOCABULARY) if token not in tokens]
         logits[:, place, forbidden] = -torch.inf
-    step = shaped(logits, **setting)  # [V**3, 4, V]
-    joint = step[:, LENGTH - 1]
-    for position in range(LENGTH - 1):
+    step = shaped(logits, **setting)  # [V**(length - 1), length, V]
+    joint = step[:, length - 1]
+    for position in range(length - 1):
         joint = joint * step[:, position].gather(1, prefixes[:, position : position + 1])
-    joint = joint.reshape((VOCABULARY,) * LENGTH)
+    joint = joint.reshape((VOCABULARY,) * length)
     assert abs(float(joint.sum()) - 1) < 1e-9
     return joint
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import addresses, drafter_of
+from engines import addresses, drafter_of, runner_of
 from safetensors.torch import load_file
 from tiny_models import write_checkpoint
 from vllm import LLM, SamplingParams
@@ -130,7 +130,7 @@ def load_by_parameter(llm: LLM, state: dict[str, torch.Tensor]) -> None:
 
 def write_in_place(llm: LLM, state: dict[str, torch.Tensor]) -> None:
     """Behind the engine's back, past every hook: the fingerprint notices after a pause."""
-    model = proposer(llm)._runner.model
+    model = runner_of(llm).model
     type(model).load_weights(model, iter(state.items()))
     time.sleep(2 * IDLE_SECONDS)
 

@@ -1,4 +1,4 @@
-"""Which of vLLM's two model runners a selfspec engine uses on CUDA, and what each needs to know beforehand."""
+"""Which of vLLM's two model runners a selfspec engine uses, and what each needs to know beforehand."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 
 
 def choose_runner() -> None:
-    """Use runner V1 on CUDA unless the user has chosen; called before vLLM builds its config.
+    """Use runner V1 on CUDA and CPU unless the user has chosen; called before vLLM builds its config.
 
-    vLLM's own default there is V2, whose speculator (`speculator.py`) has not run on a GPU. The choice is made through
-    vLLM's environment variable, which worker processes inherit, so it also holds for engines that this process builds
-    later.
+    vLLM's own default on CUDA is V2, whose speculator (`speculator.py`) has not run on a GPU. On CPU it is V2 where a
+    Triton that compiles for CPU is installed, and the faster sampling (`compat/cpu_sampling.py`) is V1's. The choice is
+    made through vLLM's environment variable, which worker processes inherit, so it also holds for engines that this
+    process builds later.
     """
     from vllm import envs
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cuda():
+    cuda = current_platform.is_cuda()
+    if not (cuda or current_platform.is_cpu()):
         return
     logger = init_logger("vllm.selfspec")
     if envs.VLLM_USE_V2_MODEL_RUNNER is None:
         os.environ[RUNNER_VARIABLE] = "0"
         logger.info_once("selfspec uses model runner V1: set %s=1 to try V2.", RUNNER_VARIABLE)
-    elif envs.VLLM_USE_V2_MODEL_RUNNER:
+    elif envs.VLLM_USE_V2_MODEL_RUNNER and cuda:
         logger.warning_once(
             "selfspec on model runner V2 has not yet run on a GPU: set %s=0 if it misbehaves.", RUNNER_VARIABLE
         )
