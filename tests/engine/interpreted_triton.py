@@ -12,7 +12,7 @@ from typing import Any
 
 
 def install() -> None:
-    """Call before Triton or vLLM is imported."""
+    """Call before vLLM is imported."""
     os.environ["TRITON_INTERPRET"] = "1"
 
     import numpy as np

@@ -55,12 +55,8 @@ def accepted_and_text(llm: LLM) -> tuple[int, list[list[int]]]:
     return accepted() - before, [list(o.outputs[0].token_ids) for o in outputs]
 
 
-def proposer(llm: LLM) -> Any:
-    return drafter_of(llm)
-
-
 def buffers(llm: LLM) -> dict[Any, list[int]]:
-    return {s: addresses(s) for s in proposer(llm)._tap._states.values()}
+    return {s: addresses(s) for s in drafter_of(llm)._tap._states.values()}
 
 
 @pytest.fixture(scope="module", params=["llama", "llama_tied"])
