@@ -126,10 +126,11 @@ def main() -> None:
         # in a rollout requests end one after the other
         sizes = [1, 2, 4, 8, 16] if isinstance(params, list) else [batch]
         calibrations: dict[int, list[list[StepObservation]]] = {size: [] for size in sizes}
-        for number in range(args.rounds):
-            turn = number % len(modes)
-            for mode in [*list(modes)[turn:], *list(modes)[:turn]]:
+        order = list(modes)
+        for _ in range(args.rounds):
+            for mode in order:
                 recordings[mode].append(run(mode, batch, params))
+            order.append(order.pop(0))
             if args.interleave:
                 for size in sizes:
                     calibrations[size].append(run_batch(core, size, sorted({1, *args.fixed, longest})))

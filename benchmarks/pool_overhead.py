@@ -18,6 +18,7 @@ machine allows many. Without AVX-512 use `--dtype float32`. The last line is JSO
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--layers", type=int, help="random weights and that many layers only: shorter steps")
     args = parser.parse_args()
+    actors.RolloutWorker = DirectWorker
 
     engine: dict[str, Any] = {
         "max_model_len": 1024,
@@ -109,19 +111,18 @@ def main() -> None:
 
         return generate
 
-    def pool(stack: contextlib.ExitStack, num_workers: int = 1) -> Callable[[], int]:
+    @functools.cache
+    def started(stack: contextlib.ExitStack, num_workers: int) -> RolloutPool:
         share = {**engine, "max_num_seqs": max(1, args.batch // num_workers)}
-        workers = stack.enter_context(RolloutPool(args.model, num_workers, engine_args=share))
+        return stack.enter_context(RolloutPool(args.model, num_workers, engine_args=share))
+
+    def pool(stack: contextlib.ExitStack, num_workers: int = 1) -> Callable[[], int]:
+        workers = started(stack, num_workers)
         return lambda: sum(len(sample.token_ids) for sample in workers.generate(prompts, args.n, params))
 
-    def pool_and_its_engine(stack: contextlib.ExitStack) -> tuple[Callable[[], int], Callable[[], int]]:
-        actors.RolloutWorker = DirectWorker
-        workers = stack.enter_context(RolloutPool(args.model, 1, engine_args=engine))
-        actor = workers._slots[0].handle.actor
-        return (
-            lambda: sum(len(sample.token_ids) for sample in workers.generate(prompts, args.n, params)),
-            lambda: ray.get(actor.generate_directly.remote(prompts, args.n, params)),
-        )
+    def engine_of_pool(stack: contextlib.ExitStack) -> Callable[[], int]:
+        actor = started(stack, 1)._slots[0].handle.actor
+        return lambda: ray.get(actor.generate_directly.remote(prompts, args.n, params))
 
     # The measured side over the base.
     other, base = {
@@ -132,16 +133,14 @@ def main() -> None:
     }[args.compare]
     makers = {
         "one worker": pool,
+        "its engine": engine_of_pool,
         "two workers": lambda stack: pool(stack, 2),
         "bare LLM.generate": bare,
         "another LLM.generate": bare,
     }
     with contextlib.ExitStack() as stack:
         order = (base, other) if args.swap else (other, base)
-        if args.compare == "engine":
-            sides = dict(zip((other, base), pool_and_its_engine(stack), strict=True))
-        else:
-            sides = {name: makers[name](stack) for name in order}
+        sides = {name: makers[name](stack) for name in order}
         first, second = sides
         for name in sides:
             sides[name]()  # warm up

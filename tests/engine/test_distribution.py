@@ -8,6 +8,7 @@ before shows as well. The drafters are bad ones, so that rejections are common.
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import engine, random_lengths, watch
+from engines import drafter_of, engine, random_lengths, watch
 from scipy import stats
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -23,9 +24,11 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_selfspec.drafter import proposer
+from vllm_selfspec.drafter.speculator import SelfDraftSpeculator
 
 VOCABULARY = 16
 LENGTH = 4
+V2_LENGTH, V2_COUNT = 3, 800
 PROMPT = (3, 1, 4)
 CHECKPOINT: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64} | {
     "num_attention_heads": 2,
@@ -120,12 +123,14 @@ def p_value(answers: Sequence[tuple[int, ...]], joint: torch.Tensor) -> float:
     return float(stats.chisquare(observed, wanted).pvalue)
 
 
-def sample(llm: LLM, settings: Sequence[dict[str, Any]], count: int) -> list[list[tuple[int, ...]]]:
+def sample(
+    llm: LLM, settings: Sequence[dict[str, Any]], count: int, length: int = LENGTH
+) -> list[list[tuple[int, ...]]]:
     """`count` answers for each of the settings, drawn in one mixed batch."""
     torch.manual_seed(0)
     per_request = 50
     params = [
-        SamplingParams(n=per_request, max_tokens=LENGTH, **setting)
+        SamplingParams(n=per_request, max_tokens=length, **setting)
         for _ in range(count // per_request)
         for setting in settings
     ]
@@ -142,6 +147,18 @@ def test_distribution(setting: str, drafting: LLM, target: PreTrainedModel) -> N
     seen = watch(drafting, lambda: LENGTH - 1)
     (answers,) = sample(drafting, [SETTINGS[setting]], 12_000)
     assert p_value(answers, exact(target, SETTINGS[setting])) > SIGNIFICANCE
+    assert 0.2 < seen.acceptance < 0.9
+
+
+@pytest.mark.skipif(os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1", reason="needs VLLM_USE_V2_MODEL_RUNNER=1")
+def test_distribution_on_runner_v2(checkpoint: str, target: PreTrainedModel) -> None:
+    """Other code draws and verifies drafts there. Interpreted, a sample takes 0.2 s: fewer and shorter answers."""
+    settings = {"num_speculative_tokens": 2, "drafter": DRAFTERS["exit"], "control": {"mode": "fixed"}}
+    with engine(checkpoint, settings, max_num_seqs=64, max_model_len=32) as llm:
+        assert isinstance(drafter_of(llm), SelfDraftSpeculator)
+        seen = watch(llm, lambda: V2_LENGTH - 1)
+        (answers,) = sample(llm, [SETTINGS["temperature 1"]], V2_COUNT, V2_LENGTH)
+    assert p_value(answers, exact(target, SETTINGS["temperature 1"], length=V2_LENGTH)) > SIGNIFICANCE
     assert 0.2 < seen.acceptance < 0.9
 
 
@@ -227,8 +244,8 @@ def test_chi_square_tells_the_drafter_from_the_target(target: PreTrainedModel, c
     setting = SETTINGS["temperature 1"]
     generator = torch.Generator().manual_seed(0)
 
-    def draw(joint: torch.Tensor) -> list[tuple[int, ...]]:
-        picked = torch.multinomial(joint.flatten(), 6_000, replacement=True, generator=generator)
+    def draw(joint: torch.Tensor, count: int = 6_000) -> list[tuple[int, ...]]:
+        picked = torch.multinomial(joint.flatten(), count, replacement=True, generator=generator)
         return [tuple(int(i) for i in torch.unravel_index(number, joint.shape)) for number in picked]
 
     joint = exact(target, setting)
@@ -236,6 +253,9 @@ def test_chi_square_tells_the_drafter_from_the_target(target: PreTrainedModel, c
     assert p_value(draw(exact(early, setting)), joint) < CERTAINTY
     # A temperature that is 5 % off is no longer the target's distribution either.
     assert p_value(draw(exact(target, {"temperature": 1.05})), joint) < SIGNIFICANCE
+    # The few that runner V2 is judged by are enough for that, too.
+    short = exact(early, setting, length=V2_LENGTH)
+    assert p_value(draw(short, V2_COUNT), exact(target, setting, length=V2_LENGTH)) < CERTAINTY
 
 
 def test_chi_square_sees_a_drafter_that_misreports_its_distribution(

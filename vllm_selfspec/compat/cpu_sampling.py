@@ -119,9 +119,11 @@ def rejection_sample(
     drafts = draft_token_ids.long()
 
     generators = sampling_metadata.generators
-    target_probs = greedy = None
+    greedy = None
+    if not sampling_metadata.all_random:
+        best = target_logits.argmax(dim=-1)  # [N]
     if draft_probs is None:
-        accept = drafts == target_logits.argmax(dim=-1)
+        accept = drafts == best
     else:
         target_probs = scratch.probs.take(target_logits.shape, torch.float32)
         torch.softmax(target_logits, dim=-1, out=target_probs)  # [N, V]
@@ -134,7 +136,7 @@ def rejection_sample(
         if not sampling_metadata.all_random:
             assert sampling_metadata.temperature is not None
             greedy = sampling_metadata.temperature == 0
-            accept = torch.where(greedy[request], drafts == target_logits.argmax(dim=-1), accept)
+            accept = torch.where(greedy[request], drafts == best, accept)
 
     table = torch.zeros(batch_size, metadata.max_spec_len, dtype=torch.int64)
     table[request, step] = accept.long()
@@ -148,8 +150,8 @@ def rejection_sample(
     rejected = (~everything).nonzero()[:, 0]
     if len(rejected):
         rows = first[rejected] + accepted[rejected]
-        if draft_probs is None or target_probs is None:
-            tokens = target_logits[rows].argmax(dim=1)
+        if draft_probs is None:
+            tokens = best[rows]
         else:
             target = target_probs[rows]
             residual = (target - draft_probs[rows]).clamp_(min=0)
@@ -158,7 +160,7 @@ def rejection_sample(
             seeded = {i: generators[row] for i, row in enumerate(rejected.tolist()) if row in generators}
             tokens = inverse_cdf(residual, uniforms(len(rejected), seeded))
             if greedy is not None:
-                tokens = torch.where(greedy[rejected], target.argmax(dim=1), tokens)
+                tokens = torch.where(greedy[rejected], best[rows], tokens)
         output[rejected, accepted[rejected]] = tokens.int()
     return output
 

@@ -18,6 +18,7 @@ def choose_runner() -> None:
     from vllm import envs
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
 
     cuda = current_platform.is_cuda()
     if not (cuda or current_platform.is_cpu()):
@@ -25,7 +26,8 @@ def choose_runner() -> None:
     logger = init_logger("vllm.selfspec")
     if envs.VLLM_USE_V2_MODEL_RUNNER is None:
         os.environ[RUNNER_VARIABLE] = "0"
-        logger.info_once("selfspec uses model runner V1: set %s=1 to try V2.", RUNNER_VARIABLE)
+        if HAS_TRITON:  # else vLLM has no V2 to try
+            logger.info_once("selfspec uses model runner V1: set %s=1 to try V2.", RUNNER_VARIABLE)
     elif envs.VLLM_USE_V2_MODEL_RUNNER and cuda:
         logger.warning_once(
             "selfspec on model runner V2 has not yet run on a GPU: set %s=0 if it misbehaves.", RUNNER_VARIABLE
