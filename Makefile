@@ -94,7 +94,8 @@ engine-test: setup
 	VLLM_USE_V2_MODEL_RUNNER=1 \
 		HF_HUB_OFFLINE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 KMP_BLOCKTIME=1 \
 		$(BIN)/python -m pytest -v --durations=10 -n 2 --dist loadfile \
-		$(addprefix tests/engine/test_,distribution.py::test_distribution_on_runner_v2 families.py following_weights.py)
+		$(addprefix tests/engine/test_,distribution.py::test_distribution_on_runner_v2 \
+		families.py following_weights.py kv_slots.py recorded_graphs.py)
 
 clean:
 	rm -rf $(VENV) build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

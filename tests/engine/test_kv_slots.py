@@ -8,9 +8,12 @@ text, and whatever it failed to write still holds the noise when the next propos
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -30,7 +33,14 @@ from engines import (
 )
 from vllm import LLM, RequestOutput
 
-from vllm_selfspec.drafter import proposer
+from vllm_selfspec.drafter import proposer, speculator
+
+RECORDED = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" and not torch.cuda.is_available()
+"""On runner V2, batches of one, two and three draft by replayed graphs, the first with a row of padding."""
+if RECORDED:
+    from recorded_graph import RecordedGraph, capture, recorded_graphs
+GRAPHS = [2, 3]
+LAYERS = 1 if RECORDED else 4  # interpreted attention is slow
 
 MAX_MODEL_LEN = 5 * BLOCK
 LONGEST = 8
@@ -62,6 +72,51 @@ def unguarded_slots(
     return block_table.gather(1, blocks.t()).t().long() * block_size + positions % block_size
 
 
+def elements_of(cache: torch.Tensor) -> torch.Tensor:
+    """[blocks, elements of a block] view of a layer's cache, in the order in which they lie in memory."""
+    order = sorted(range(1, cache.dim()), key=cache.stride, reverse=True)
+    return cache.permute(0, *order).view(cache.shape[0], -1)
+
+
+class Row(NamedTuple):
+    """One request of a proposal: tokens whose keys and values are valid, whether it sampled, its block-table row."""
+
+    request_id: str
+    length: int
+    sampled: bool
+    table: Any
+    num_blocks: int
+
+
+def rows_of_v1(runner: Any, inputs: dict[str, Any]) -> list[Row]:
+    """The rows of a call of runner V1's `propose`."""
+    batch, table = runner.input_batch, runner.input_batch.block_table[0]
+    lengths = inputs["common_attn_metadata"].seq_lens
+    if inputs["num_rejected_tokens_gpu"] is not None:
+        lengths = lengths - inputs["num_rejected_tokens_gpu"]
+    sampled = ~runner.discard_request_mask.np
+    return [
+        Row(request_id, int(lengths[row]), bool(sampled[row]), table.block_table.np[row], table.num_blocks_per_row[row])
+        for row, request_id in enumerate(batch.req_ids)
+    ]
+
+
+def rows_of_v2(runner: Any, inputs: dict[str, Any]) -> list[Row]:
+    """The rows of a call of runner V2's `propose`."""
+    batch, tables = inputs["input_batch"], runner.block_tables
+    lengths, sampled = batch.seq_lens - inputs["num_rejected"], inputs["num_sampled"] > 0
+    return [
+        Row(
+            batch.req_ids[row],
+            int(lengths[row]),
+            bool(sampled[row]),
+            tables.input_block_tables[0][row],
+            tables.num_blocks.np[0, batch.idx_mapping_np[row]],
+        )
+        for row in range(batch.num_reqs)
+    ]
+
+
 @dataclass
 class Inspector:
     """Poisons the KV cache around every proposal and writes down what it should not have done.
@@ -91,13 +146,13 @@ class Inspector:
     def __post_init__(self) -> None:
         runner = runner_of(self.llm)
         self.canary = scheduler_of(self.llm).kv_cache_manager.block_pool.get_new_blocks(1)[0].block_id
-        self.caches = [cache.flatten(1) for cache in runner.kv_caches]  # [blocks, elements of a block]
+        self.caches = [elements_of(cache) for cache in runner.kv_caches]
         # How a kernel lays out keys and values inside a block is its own affair: let it write every slot's offset.
         layer = next(iter(runner.compilation_config.static_forward_context.values()))
         block = torch.full_like(runner.kv_caches[0][:1], -1.0)
         values = torch.arange(BLOCK, dtype=torch.float32)[:, None, None].expand(-1, block.shape[1], block.shape[3] // 2)
         layer.impl.do_kv_cache_update(layer, values.contiguous(), values.contiguous(), block, torch.arange(BLOCK))
-        self.offsets = block.flatten().long()  # [elements of a block] the slot that each belongs to
+        self.offsets = elements_of(block)[0].long()  # [elements of a block] the slot that each belongs to
         assert (self.offsets.bincount(minlength=BLOCK) == block.numel() // BLOCK).all()
 
     def fill(self, mask: torch.Tensor, value: float) -> None:
@@ -110,35 +165,31 @@ class Inspector:
         found = torch.zeros(elements.shape[0], BLOCK).index_add_(1, self.offsets, elements.float())
         return found > 0
 
-    def propose(self, original: Callable[..., torch.Tensor], **inputs: Any) -> torch.Tensor:
-        """The proposer's `propose` under inspection."""
+    def propose(self, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The drafter's `propose` under inspection."""
         runner, scheduler = runner_of(self.llm), scheduler_of(self.llm)
+        inputs = inspect.signature(original).bind(*args, **kwargs).arguments
         gamma = inputs["num_speculative_tokens"]
-        lengths = inputs["common_attn_metadata"].seq_lens.tolist()
-        rejected = inputs["num_rejected_tokens_gpu"]
         valid = torch.zeros(
             self.caches[0].shape[0], BLOCK, dtype=torch.bool
         )  # slots that hold a token's keys and values
         open_ = torch.zeros_like(valid)  # slots that this proposal may write
-        table = runner.input_batch.block_table[0]
-        sampled = (~runner.discard_request_mask.np).tolist()
-        for row, request_id in enumerate(runner.input_batch.req_ids):
+        for row in (rows_of_v2 if "input_batch" in inputs else rows_of_v1)(runner, inputs):
             # What the scheduler gave, not what the worker believes.
-            blocks = scheduler.kv_cache_manager.get_block_ids(request_id)[0]
-            assert table.num_blocks_per_row[row] == len(blocks)
-            table.block_table.np[row, len(blocks) :] = self.canary
-            length = lengths[row] - (0 if rejected is None else int(rejected[row]))
-            end = min(length + gamma, len(blocks) * BLOCK, MAX_MODEL_LEN) if sampled[row] else length
+            blocks = scheduler.kv_cache_manager.get_block_ids(row.request_id)[0]
+            assert row.num_blocks == len(blocks)
+            row.table[len(blocks) :] = self.canary
+            end = min(row.length + gamma, len(blocks) * BLOCK, MAX_MODEL_LEN) if row.sampled else row.length
             for position in range(end):
-                which = valid if position < length else open_
+                which = valid if position < row.length else open_
                 which[blocks[position // BLOCK], position % BLOCK] = True
-            self.padded += not sampled[row]
+            self.padded += not row.sampled
         self.unwritten += any(
             (self.slots_with((cache == POISON) | (cache == NOISE)) & valid).any() for cache in self.caches
         )
         self.fill(~valid, POISON)
         before = [cache.clone() for cache in self.caches]
-        drafts = original(**inputs)
+        drafts = original(*args, **kwargs)
         changed = torch.zeros_like(valid)
         for cache, old in zip(self.caches, before, strict=True):
             changed |= self.slots_with(cache != old)
@@ -153,18 +204,19 @@ class Inspector:
 
 @pytest.fixture(scope="module")
 def expected(tiny: Callable[..., str]) -> list[RequestOutput | None]:
-    with engine(tiny("llama"), **SERVING) as llm:
+    with engine(tiny("llama", num_hidden_layers=LAYERS), **SERVING) as llm:
         return drive(llm, jobs())
 
 
-@pytest.fixture(scope="module", params=["native", "int8"])
+@pytest.fixture(scope="module", params=["int8"] if RECORDED else ["native", "int8"])
 def drafting(
     expected: list[RequestOutput | None], tiny: Callable[..., str], request: pytest.FixtureRequest
 ) -> Iterator[LLM]:
     """An engine whose slots are inspected; asks for `expected` because two engines cannot live in one process."""
     drafter = {"weights": request.param, "lm_head": request.param}
     settings = {"num_speculative_tokens": LONGEST, "drafter": drafter, "control": {"mode": "fixed"}}
-    with engine(tiny("llama"), settings, **SERVING) as llm:
+    graphs = recorded_graphs() if RECORDED else nullcontext()
+    with graphs, engine(tiny("llama", num_hidden_layers=LAYERS), settings, **SERVING) as llm:
         yield llm
 
 
@@ -173,9 +225,10 @@ def inspector(drafting: LLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[Inspec
     """An inspector of the engine's proposals for one test."""
     inspecting = Inspector(drafting)
     drafter = drafter_of(drafting)
-    original = type(drafter).propose
-    monkeypatch.setattr(drafter, "propose", lambda **inputs: inspecting.propose(
-        lambda **arguments: original(drafter, **arguments), **inputs))  # fmt: skip
+    if RECORDED:
+        capture(drafting, GRAPHS)
+    original = drafter.propose
+    monkeypatch.setattr(drafter, "propose", lambda *args, **kwargs: inspecting.propose(original, *args, **kwargs))
     yield inspecting
     pool = scheduler_of(drafting).kv_cache_manager.block_pool
     pool.free_blocks([pool.blocks[inspecting.canary]])
@@ -199,6 +252,8 @@ def test_drafter_keeps_to_allocated_slots(
     assert seen.preemptions > 0 or not lookahead
     if lookahead and drafter_of(drafting)._weights == "native":
         assert seen.acceptance == 1.0
+    if RECORDED:
+        assert RecordedGraph.replays > 50
 
 
 @pytest.mark.parametrize("lookahead", [LONGEST, 0], ids=["lookahead", "no_lookahead"])
@@ -206,7 +261,10 @@ def test_inspector_sees_a_missing_guard(
     lookahead: int, drafting: LLM, inspector: Inspector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduler_of(drafting), "num_lookahead_tokens", lookahead)
-    monkeypatch.setattr(proposer, "draft_slots", unguarded_slots)
+    for module in (proposer, speculator):
+        monkeypatch.setattr(module, "draft_slots", unguarded_slots)
+    if RECORDED:
+        capture(drafting, GRAPHS)  # what the graphs hold is the guarded step
     watch(drafting, random_lengths(7, LONGEST))
     drive(drafting, jobs())
     assert inspector.canary_hits > 0
@@ -218,13 +276,22 @@ def test_inspector_sees_a_target_that_does_not_rewrite(
 ) -> None:
     """The check for unwritten slots finds a drafter that hides its slots from the target's next write."""
     runner = runner_of(drafting)
-    compute = runner.input_batch.block_table[0].compute_slot_mapping
+    tables, name = (
+        (runner.block_tables, "compute_slot_mappings")
+        if hasattr(runner, "block_tables")
+        else (runner.input_batch.block_table[0], "compute_slot_mapping")
+    )
+    compute = getattr(tables, name)
 
-    def skip_last(*args: Any, **kwargs: Any) -> None:
-        compute(*args, **kwargs)
-        runner.input_batch.block_table[0].slot_mapping.np[1:3] = -1
+    def skip_last(*args: Any, **kwargs: Any) -> Any:
+        mapping = compute(*args, **kwargs)
+        if mapping is None:
+            tables.slot_mapping.np[1:3] = -1
+        else:
+            mapping[0, 1:3] = -1
+        return mapping
 
-    monkeypatch.setattr(runner.input_batch.block_table[0], "compute_slot_mapping", skip_last)
+    monkeypatch.setattr(tables, name, skip_last)
     watch(drafting, lambda: 4)
     drive(drafting, jobs())
     assert inspector.unwritten > 0

@@ -5,8 +5,8 @@ hand-over of the token to the next step. The step's number is a tensor on the de
 same graph, for every γ, with no work and no synchronisation on the host in between. Attention backends that cannot
 refresh their metadata on the device, and batches beyond the captured sizes, run the same step without a graph.
 
-Not run on a GPU yet. On CPU it runs under vLLM's own V2 runner, with Triton's interpreter and without graphs, in the
-engine tests. Runner V1 is what selfspec chooses, see `runner.py`.
+Not run on a GPU yet. In the engine tests it runs on CPU under vLLM's own V2 runner, with Triton's interpreter, with and
+without (recorded) graphs. Runner V1 is what selfspec chooses, see `runner.py`.
 """
 
 from __future__ import annotations
