@@ -295,6 +295,22 @@ def test_an_outlier_is_ignored_and_a_change_is_followed() -> None:
     assert correction.step_times(4, 512, 7).verify[0] == pytest.approx(2.0 * usual, rel=0.1)
 
 
+def test_a_slow_machine_says_little_about_the_draft_that_it_slows() -> None:
+    model = _model(0.010, 1e-4, 0.004)
+    correction = OnlineCorrection(model, 7)
+    plain, draft = model.target_time(4, 512), model.draft_time(4, 512)
+    for _ in range(20):
+        correction.observe(plain, 4, 512, 0, 0)
+        correction.observe(plain + 3 * draft, 4, 512, 0, 3)
+    for _ in range(100):
+        correction.observe(plain, 4, 512, 0, 0)
+    for _ in range(20):
+        correction.observe(1.3 * (plain + 3 * draft), 4, 512, 0, 3)
+    times = correction.step_times(4, 512, 7)
+    assert times.draft == pytest.approx(1.3 * draft, rel=0.1)
+    assert times.draft / times.verify[0] == pytest.approx(draft / plain, rel=0.1)
+
+
 def test_doubts_are_those_of_the_ratio_of_two_cycles() -> None:
     """Against corrections drawn from the state's own distribution."""
     model = _model(0.010, 1e-4, 0.004)
@@ -330,6 +346,9 @@ class Machine:
         self.seconds = 0.0
         self.tokens = 0
         self.hidden = 0.0  # seconds that every step takes in addition in which drafting begins
+        self.jumps = 0.0  # probability that a step finds the machine faster or slower than before, by `slow`
+        self.slow = 1.4
+        self.speed = 1.0
 
     def run(self, controller: Controller, steps: int) -> list[Decision]:
         decisions = []
@@ -339,7 +358,9 @@ class Machine:
             drafted = decision.num_draft_tokens
             times = self.truth.step_times(self.batch, 512, 7)
             seconds = times.verify[self.verified] + drafted * times.draft
-            seconds *= math.exp(self.rng.gauss(0.0, 0.03))
+            if self.rng.random() < self.jumps:
+                self.speed = self.slow if self.speed == 1.0 else 1.0
+            seconds *= self.speed * math.exp(self.rng.gauss(0.0, 0.03))
             if drafted and not self.verified:
                 seconds += self.hidden
             for _ in range(self.batch):
@@ -428,6 +449,16 @@ def test_probes_pay_for_what_nothing_predicts() -> None:
     machine.run(controller, 5000)
     assert controller.probes > 0
     assert machine.seconds / machine.tokens < 1.03 * truth.target_time(8, 512) / 8
+
+
+@pytest.mark.parametrize("seed", [5, 12, 14, 42])
+def test_a_machine_that_changes_its_speed_does_not_look_like_drafts_that_pay(seed: int) -> None:
+    """Others use the machine, now more, now less; some of the changes fall into a probe."""
+    truth = _model(0.045, 2e-3, 0.036)
+    machine = Machine(truth, 0.65, 4, seed)
+    machine.jumps = 1 / 25
+    controller = Controller(ControlSettings(), truth)
+    assert _share_drafting(machine.run(controller, 400)) < 0.3
 
 
 def test_batch_changes_turn_drafting_off_and_on_again() -> None:

@@ -1,11 +1,14 @@
 """Learning step times online, from the durations that a scheduler sees anyway.
 
 The predicted times of a cost model are multiplied by exp(x), one x for each (batch octave, verified draft length) and
-one for each batch octave of the draft forward. All x together are one Gaussian state with a prior covariance that says
-what is likely wrong: everything by a common factor (another machine), one kind of forward, one region. Each observed
-step is one noisy, linearised equation for the few x that it involves (an extended Kalman filter), so three steps
-correct a wrong scale everywhere while a kernel's odd spot is learnt where it is. Old evidence fades; a single outlier
-is ignored.
+one for each batch octave of the draft forward, and by one more for the machine's speed of the moment. All x together
+are one Gaussian state with a prior covariance that says what is likely wrong: everything by a common factor (another
+machine), one kind of forward, one region. Each observed step is one noisy, linearised equation for the few x that it
+involves (an extended Kalman filter), so three steps correct a wrong scale everywhere while a kernel's odd spot is
+learnt where it is. Old evidence fades; a single outlier is ignored.
+
+The speed wanders from step to step, because others use the machine. So two ways of drafting are compared by steps that
+are near each other in time: that drafts took long while the machine was slow says nothing against drafting.
 """
 
 from __future__ import annotations
@@ -19,6 +22,10 @@ from vllm_selfspec.control.cost_model import CostModel, StepTimes
 _COMMON_SD, _KIND_SD, _LOCAL_SD = 1.0, 0.35, 0.20
 _PRIOR_COMMON_SD, _PRIOR_KIND_SD = 3.0, 0.7
 _NOISE_SD = 0.06
+_SPEED_SD, _SPEED_STEPS = 0.5, 256.0
+"""Spread of the logarithm of the machine's speed, and the steps after which it has forgotten 63 % of itself."""
+_JUMP_SD = 0.5
+"""How far that may have moved at once where two steps in a row surprise to the same side."""
 _SURPRISE = 4.0
 _FADE_EVERY = 32
 
@@ -39,14 +46,18 @@ class OnlineCorrection:
         max_draft_tokens: int,
         *,
         max_batch: int = 1024,
-        memory_steps: float = 4096.0,
+        memory_steps: float = 16384.0,
     ) -> None:
         self.cost_model = cost_model
         self.max_draft_tokens = max_draft_tokens
         self._octaves = round(math.log2(max(1, max_batch))) + 1
         self._width = max_draft_tokens + 2  # verify 0..max, then draft
         self._fade = _FADE_EVERY / memory_steps
-        self._prior = self._prior_covariance(cost_model.is_prior)
+        kinds = self._prior_covariance(cost_model.is_prior)
+        self._speed = len(kinds)  # its place in the state, the last one
+        self._prior = np.zeros((self._speed + 1, self._speed + 1))
+        self._prior[:-1, :-1] = kinds
+        self._prior[-1, -1] = _SPEED_SD**2
         self._cov = self._prior.copy()
         self._mean = np.zeros(len(self._prior))
         self._updates = 0
@@ -95,7 +106,7 @@ class OnlineCorrection:
             return cached[1]
         base = self._base_times(key)
         start = self._octave(key[0]) * self._width
-        factors = np.exp(self._mean[start : start + self._width]).tolist()
+        factors = np.exp(self._mean[start : start + self._width] + self._mean[self._speed]).tolist()
         times = StepTimes(
             verify=tuple(t * f for t, f in zip(base.verify, factors[:-1], strict=True)),
             draft=base.draft * factors[-1],
@@ -137,6 +148,14 @@ class OnlineCorrection:
         start = self._octave(self._key(batch, seq)[0]) * self._width
         return (forward, num_drafted * times.draft), start + verified, start + self._width - 1
 
+    def _wander(self) -> None:
+        """By the next step the machine may have changed its speed a little."""
+        kept = 1.0 - 1.0 / _SPEED_STEPS
+        self._mean[self._speed] *= kept
+        self._cov[self._speed] *= kept
+        self._cov[:, self._speed] *= kept
+        self._cov[self._speed, self._speed] += _SPEED_SD**2 * (1.0 - kept * kept)
+
     def observe(
         self,
         seconds: float,
@@ -153,25 +172,31 @@ class OnlineCorrection:
         predicted = forward + draft
         innovation = math.log(seconds / predicted)
         share = forward / predicted
-        column = share * self._cov[verify_index] + (1.0 - share) * self._cov[draft_index]
+        column = share * self._cov[verify_index] + (1.0 - share) * self._cov[draft_index] + self._cov[self._speed]
         # the marginal cost of prefill is known roughly, so mixed steps say little
         noise = _NOISE_SD**2 + (0.25 if prefill_tokens else 0.0)
-        variance = float(share * column[verify_index] + (1.0 - share) * column[draft_index]) + noise
+        variance = float(share * column[verify_index] + (1.0 - share) * column[draft_index] + column[self._speed])
+        variance += noise
         if innovation * innovation > _SURPRISE**2 * variance:
             sign = 1 if innovation > 0 else -1
             self._surprises = self._surprises + sign if self._surprises * sign >= 0 else sign
-            if abs(self._surprises) < 3:
+            if abs(self._surprises) < 2:
                 self.ignored += 1
                 return False
-            # the third surprise to the same side is a change, not an outlier: doubt everything again
-            self._cov = 0.5 * (self._cov + self._prior)
-            self._surprises = 0
+            # the second surprise to the same side is a change, not an outlier: of the machine's speed, or, where that
+            # does not explain it, of anything
+            if abs(self._surprises) == 2:
+                self._cov[self._speed, self._speed] += _JUMP_SD**2
+            else:
+                self._cov = 0.5 * (self._cov + self._prior)
+                self._surprises = 0
             return self.observe(seconds, batch, seq, num_verified, num_drafted, prefill_tokens)
         self._surprises = 0
         limit = 2.0 * math.sqrt(variance)
         gain = column / variance
         self._mean += gain * min(limit, max(-limit, innovation))
         self._cov -= np.multiply.outer(gain, column)
+        self._wander()
         self._updates += 1
         if self._updates % _FADE_EVERY == 0:
             self._cov += self._fade * (self._prior - self._cov)

@@ -23,6 +23,9 @@ from vllm_selfspec.control.acceptance import AcceptanceEstimator
 from vllm_selfspec.control.correction import OnlineCorrection
 from vllm_selfspec.control.cost_model import CostModel, StepTimes
 
+_SWITCH_DOUBT, _SWITCH_STEPS = 0.25, 32
+"""How wrong the other side's predicted rate may be right after a switch, and the steps for which that holds in full."""
+
 
 class Reason(StrEnum):
     """Why a draft length was chosen."""
@@ -107,12 +110,16 @@ class StepState:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What the controller remembers between steps."""
+    """What the controller remembers between steps.
+
+    `steps_since_switch` counts from the last time that drafting began or ended, probes aside.
+    """
 
     num_draft_tokens: int = 0
     steps_since_draft: int = 0
     steps_since_plain: int = 0
     steps_since_probe: int = 0
+    steps_since_switch: int = 1 << 20
     probe_credit: float = 0.0
     probe_draft_tokens: int = 0
     probe_steps_left: int = 0
@@ -310,6 +317,10 @@ class Controller:
         doubts = None
         if settings.learn and state.num_decode > 0 and memory.steps_since_probe * 16 >= settings.probe_interval:
             doubts = self.times.doubts(state.num_decode, state.mean_context, memory.num_draft_tokens)
+            # The reason of a switch may have been a machine that changed its speed in that moment: look again soon.
+            recent = _SWITCH_DOUBT * min(1.0, _SWITCH_STEPS / (memory.steps_since_switch + 1))
+            drafting = memory.num_draft_tokens > 0
+            doubts = [doubt + recent * ((gamma > 0) != drafting) for gamma, doubt in enumerate(doubts)]
         decision = decide(state, self.times, expected, settings, memory, doubts)
         self._remember(decision)
         return decision
@@ -339,11 +350,13 @@ class Controller:
             if not self.probes and credit == 0.0:
                 credit = 2.0 * plain
             credit = min(credit + self.settings.probe_budget * plain, 4.0 * plain)
+        switched = (resume > 0) != (memory.num_draft_tokens > 0)
         self.memory = Memory(
             num_draft_tokens=resume,
             steps_since_draft=0 if chosen > 0 else memory.steps_since_draft + 1,
             steps_since_plain=0 if chosen == 0 else memory.steps_since_plain + 1,
             steps_since_probe=0 if probing else memory.steps_since_probe + 1,
+            steps_since_switch=0 if switched else memory.steps_since_switch + 1,
             probe_credit=credit,
             probe_draft_tokens=chosen if probing else 0,
             probe_steps_left=steps_left,
