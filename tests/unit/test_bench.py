@@ -269,6 +269,18 @@ def test_ratio_is_the_median_of_neighbours():
     assert run.row("int4", ONE) is None
 
 
+def test_fastest_rounds_are_compared_wherever_they_fell():
+    run = a_bench(
+        *[a_round("plain", 0, 1.0), a_round("peer", 0, 0.9), a_round("peer", 1, 0.8), a_round("plain", 1, 2.0)],
+        *[a_round("plain", 0, 9.0, ROLLOUT), a_round("peer", 0, 7.0, ROLLOUT)],
+        *[a_round("peer", 1, 6.0, ROLLOUT), a_round("plain", 1, 10.0, ROLLOUT)],
+    )
+    rows = {row.case.kind: row for row in run.rows()}
+    assert rows["batch"].fastest_ratio == pytest.approx(1.0 / 0.8)
+    assert rows["rollout"].fastest_ratio == pytest.approx(9.0 / 6.0)
+    assert rows["rollout"].as_dict()["fastest_ratio"] == pytest.approx(1.5)
+
+
 def test_rollouts_are_judged_by_makespan():
     rounds = [a_round("plain", 0, 10.0, ROLLOUT, tokens=1000), a_round("peer", 0, 8.0, ROLLOUT, tokens=1600)]
     row = a_bench(*rounds).row("int8", ROLLOUT)
@@ -308,7 +320,7 @@ def test_markdown_holds_ratios_limits_and_reasons():
     text = report.markdown(run)
     assert "| plain, tokens/s | 100.0 |" in text
     assert "| `int8` | 1.62× (1.25–2.00) |" in text
-    assert "| `int8` | 16 | 10.0 | 8.0 | 1.25× (1.25–1.25) | 1.25× | – |" in text
+    assert "| `int8` | 16 | 10.0 | 8.0 | 1.25× (1.25–1.25) | 1.25× | 1.25× | – |" in text
     # 3 calls of 50 MB and one of 300 MB, at 30 GB/s.
     assert "| `int8` | 1 | 1 | 33.00 | 12.00 (5.00) | 20.00 (10.00) | 1.00 |" in text
     assert "- `suffix` was skipped: no package" in text

@@ -70,7 +70,7 @@ def _heading(run: BenchRun) -> str:
         f"**{title(run)}** on {machine(run)}; {'compiled' if settings['compile'] else 'eager'}, "
         f"{settings['max_tokens']} tokens per request, commit {', '.join(commits)}, {date}. "
         "Each ratio is the median of round-by-round ratios to plain decoding in the same minute, in parentheses the "
-        "smallest and the largest.",
+        "smallest and the largest; *fastest rounds* is the ratio of either side's fastest one.",
     ]
     if mended:
         lines[-1] += " vLLM's own methods run with this package's mends of upstream faults."
@@ -112,6 +112,7 @@ def _details(run: BenchRun) -> str:
             str(row.case.batch),
             f"{row.plain:.1f}",
             f"{row.peer:.1f}",
+            f"{row.fastest_ratio:.2f}×",
             f"{1e3 * row.plain_latency:.1f}",
             f"{1e3 * row.peer_latency:.1f}",
             _number(row.spec.acceptance_per_token, ".3f"),
@@ -121,7 +122,7 @@ def _details(run: BenchRun) -> str:
         for row in run.rows()
         if row.case.kind == "batch"
     ]
-    head = ["", "temperature", "B", "plain tokens/s", "tokens/s", "plain ms/token", "ms/token"]
+    head = ["", "temperature", "B", "plain tokens/s", "tokens/s", "fastest rounds", "plain ms/token", "ms/token"]
     head += ["accepted per draft token", "tokens per verified draft", "draft length"]
     return _table([_label(run, "details"), *head[1:]], rows)
 
@@ -136,6 +137,7 @@ def _rollouts(run: BenchRun, rows: Sequence[Row]) -> str:
             f"{row.peer:.1f}",
             _ratio(row),
             f"{row.token_ratio:.2f}×",
+            f"{row.fastest_ratio:.2f}×",
             _number(row.spec.acceptance_per_token, ".3f"),
         ]
         for row in rows
@@ -145,7 +147,7 @@ def _rollouts(run: BenchRun, rows: Sequence[Row]) -> str:
         f"{settings['rollout_max_tokens']}, temperature {rows[0].case.temperature:g}"
     )
     head = [_label(run, text), "at once", "plain makespan, s", "makespan, s", "plain / peer", "tokens/s ratio"]
-    return _table([*head, "accepted per draft token"], cells)
+    return _table([*head, "fastest rounds", "accepted per draft token"], cells)
 
 
 def _splits(run: BenchRun) -> str:

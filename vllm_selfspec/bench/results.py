@@ -115,6 +115,8 @@ class Row:
         plain: median tokens per second; of rollouts, median makespan in seconds.
         peer: the same.
         token_ratio: of rollouts, the median ratio of tokens per second, which samples of other lengths do not move.
+        fastest_ratio: the ratio of either side's fastest round: what is left where a machine that others use slows
+            some rounds and not others.
     """
 
     name: str
@@ -125,6 +127,7 @@ class Row:
     plain_latency: float
     peer_latency: float
     token_ratio: float
+    fastest_ratio: float
     spec: SpecCounts
 
     @property
@@ -151,6 +154,7 @@ class Row:
             f"plain_{unit}": self.plain,
             unit: self.peer,
             "tokens_per_second_ratio": self.token_ratio,
+            "fastest_ratio": self.fastest_ratio,
             "plain_seconds_per_token": self.plain_latency,
             "seconds_per_token": self.peer_latency,
             "acceptance_per_token": self.spec.acceptance_per_token,
@@ -201,6 +205,10 @@ class BenchRun(_Model):
         def middle(side: int) -> float:
             return statistics.median(pair[side].seconds if rollout else pair[side].tokens_per_second for pair in both)
 
+        def fastest(side: int) -> float:
+            rounds = [pair[side] for pair in both]
+            return 1 / min(r.seconds for r in rounds) if rollout else max(r.tokens_per_second for r in rounds)
+
         return Row(
             name=peer,
             case=case,
@@ -210,6 +218,7 @@ class BenchRun(_Model):
             plain_latency=statistics.median(plain.latency_seconds for plain, _ in both),
             peer_latency=statistics.median(other.latency_seconds for _, other in both),
             token_ratio=statistics.median(token_ratios),
+            fastest_ratio=fastest(1) / fastest(0),
             spec=spec,
         )
 
