@@ -12,11 +12,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
+import interpreted_triton
 
-if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" and not torch.cuda.is_available():
-    import interpreted_triton
-
+if interpreted_triton.wanted():
     interpreted_triton.install()
 
 import pytest

@@ -12,6 +12,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
+
+def wanted() -> bool:
+    """Whether the tests run on runner V2 and there is no GPU to do so."""
+    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" and not torch.cuda.is_available()
+
 
 def install() -> None:
     """Call before vLLM is imported."""

@@ -26,6 +26,9 @@ from vllm.v1.worker.gpu import cudagraph_utils
 
 READS = {torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
 """Operations whose result decides on the host."""
+BATCH_SIZES = [2, 3]
+"""Captured: one request is padded to two rows, and four draft without a graph."""
+LAUNCH = GridExecutor.__call__
 
 
 class RecordedGraph(TorchDispatchMode):
@@ -71,9 +74,6 @@ class RecordedGraph(TorchDispatchMode):
             operation()
 
 
-LAUNCH = GridExecutor.__call__
-
-
 @contextmanager
 def capturing(graph: RecordedGraph, *_: Any, **__: Any) -> Iterator[None]:
     """Stands in for `torch.cuda.graph`."""
@@ -117,13 +117,13 @@ def recorded_graphs() -> Iterator[None]:
     selector._cached_get_attn_backend.cache_clear()
 
 
-def capture(llm: LLM, batch_sizes: list[int]) -> None:
-    """Capture the drafter's graphs for these batch sizes, as the runner does on a GPU."""
+def capture(llm: LLM) -> None:
+    """Capture the drafter's graphs for `BATCH_SIZES`, as the runner does on a GPU."""
     runner, drafter = runner_of(llm), drafter_of(llm)
     compilation = runner.compilation_config
     for layer in compilation.static_forward_context.values():
         layer.use_direct_call = True  # what an opaque operation does inside would not be recorded
-    compilation.cudagraph_capture_sizes = batch_sizes
-    compilation.max_cudagraph_capture_size = max(batch_sizes)
+    compilation.cudagraph_capture_sizes = BATCH_SIZES
+    compilation.max_cudagraph_capture_size = max(BATCH_SIZES)
     drafter.init_cudagraph_manager(CUDAGraphMode.FULL_DECODE_ONLY)
     drafter.capture()

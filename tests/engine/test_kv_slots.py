@@ -9,12 +9,12 @@ text, and whatever it failed to write still holds the noise when the next propos
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import interpreted_triton
 import pytest
 import torch
 from engines import (
@@ -35,11 +35,10 @@ from vllm import LLM, RequestOutput
 
 from vllm_selfspec.drafter import proposer, speculator
 
-RECORDED = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" and not torch.cuda.is_available()
+RECORDED = interpreted_triton.wanted()
 """On runner V2, batches of one, two and three draft by replayed graphs, the first with a row of padding."""
 if RECORDED:
     from recorded_graph import RecordedGraph, capture, recorded_graphs
-GRAPHS = [2, 3]
 LAYERS = 1 if RECORDED else 4  # interpreted attention is slow
 
 MAX_MODEL_LEN = 5 * BLOCK
@@ -226,7 +225,7 @@ def inspector(drafting: LLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[Inspec
     inspecting = Inspector(drafting)
     drafter = drafter_of(drafting)
     if RECORDED:
-        capture(drafting, GRAPHS)
+        capture(drafting)
     original = drafter.propose
     monkeypatch.setattr(drafter, "propose", lambda *args, **kwargs: inspecting.propose(original, *args, **kwargs))
     yield inspecting
@@ -264,7 +263,7 @@ def test_inspector_sees_a_missing_guard(
     for module in (proposer, speculator):
         monkeypatch.setattr(module, "draft_slots", unguarded_slots)
     if RECORDED:
-        capture(drafting, GRAPHS)  # what the graphs hold is the guarded step
+        capture(drafting)  # what the graphs hold is the guarded step
     watch(drafting, random_lengths(7, LONGEST))
     drive(drafting, jobs())
     assert inspector.canary_hits > 0

@@ -6,24 +6,22 @@ something that should have changed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import interpreted_triton
 import pytest
 import torch
 from engines import Job, drive, engine, greedy, random_lengths, random_prompt, texts, watch
 from vllm import LLM, SamplingParams
 
-if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1" or torch.cuda.is_available():
+if not interpreted_triton.wanted():
     pytest.skip("needs VLLM_USE_V2_MODEL_RUNNER=1 and no GPU", allow_module_level=True)
 
 from recorded_graph import RecordedGraph, capture, recorded_graphs
 
 from vllm_selfspec.drafter.speculator import SelfDraftSpeculator
 
-BATCH_SIZES = [2, 3]
-"""One request is padded to two rows; four draft without a graph."""
 SERVING: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 64}
 NATIVE = {"weights": "native", "lm_head": "native"}
 
@@ -57,7 +55,7 @@ def native(expected: Any, tiny: Callable[..., str]) -> Iterator[LLM]:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_draft_of_the_target_itself_is_accepted(temperature: float, native: LLM, expected: Any) -> None:
-    capture(native, BATCH_SIZES)
+    capture(native)
     seen = watch(native, random_lengths(3, 6))
     params = SamplingParams(temperature=temperature, max_tokens=32, seed=7 if temperature else None)
     outputs = drive(native, jobs(params))
@@ -69,7 +67,7 @@ def test_every_draft_of_the_target_itself_is_accepted(temperature: float, native
 
 def test_text_of_a_quantized_drafter(tiny: Callable[..., str], expected: Any) -> None:
     with engine(tiny("llama", num_hidden_layers=2), settings({"weights": "int8", "lm_head": "int8"}), **SERVING) as llm:
-        capture(llm, BATCH_SIZES)
+        capture(llm)
         seen = watch(llm, random_lengths(3, 6))
         assert texts(drive(llm, jobs(greedy(32)))) == expected
         assert 0.6 < seen.acceptance < 1
@@ -80,7 +78,7 @@ def test_graphs_follow_new_weights(tiny: Callable[..., str], expected: Any) -> N
     """A refresh writes into the buffers that the graphs read."""
     other = tiny("llama", num_hidden_layers=2, seed=5)
     with engine(other, settings({"weights": "int8", "lm_head": "int8"}), **SERVING) as llm:
-        capture(llm, BATCH_SIZES)
+        capture(llm)
         assert texts(drive(llm, jobs(greedy(32)))) != expected
         llm.collective_rpc("reload_weights", kwargs={"weights_path": tiny("llama", num_hidden_layers=2)})
         seen = watch(llm, random_lengths(3, 6))
@@ -98,7 +96,7 @@ def test_a_number_frozen_in_the_capture_is_seen(native: LLM, expected: Any, monk
         self._step = step
 
     monkeypatch.setattr(SelfDraftSpeculator, "_place", frozen)
-    capture(native, BATCH_SIZES)
+    capture(native)
     seen = watch(native, random_lengths(3, 6))
     assert texts(drive(native, jobs(greedy(32)))) == expected
     assert seen.acceptance < 0.9
@@ -112,4 +110,4 @@ def test_a_read_in_the_capture_is_refused(native: LLM, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(SelfDraftSpeculator, "_place", reading)
     with pytest.raises(RuntimeError, match="reads a tensor on the host"):
-        capture(native, BATCH_SIZES)
+        capture(native)
