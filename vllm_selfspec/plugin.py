@@ -191,6 +191,16 @@ MENDS = (
         "vllm_selfspec.compat.min_tokens_bonus:apply_logits_processors",
         needed="vllm_selfspec.compat.min_tokens_bonus:broken",
     ),
+    *(
+        Seam(
+            f"vllm.v1.worker.gpu_model_runner:GPUModelRunner.{method}",
+            "a prompt of several steps does not stop the engine when its request has a seed, on CPU",
+            ("self",),
+            f"vllm_selfspec.compat.cpu_seeded_chunks:{method.lstrip('_')}",
+            needed="vllm_selfspec.compat.cpu_seeded_chunks:broken",
+        )
+        for method in ("_sample", "_bookkeeping_sync")
+    ),
 )
 """Upstream faults, in workers: applied where the fault is found."""
 

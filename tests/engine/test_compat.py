@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
+from engines import Job, drive, engine, greedy, random_prompt, texts
+from vllm import SamplingParams
 
 from vllm_selfspec.compat import cpu_expand
 
@@ -118,3 +121,18 @@ def test_expand_batch_to_tokens_replaces() -> None:
     ends = torch.tensor([2, 3, 4], dtype=torch.int32)
     expanded = cpu_expand.expand_batch_to_tokens(None, x, ends, 4, replace_from=0, replace_to=1)
     torch.testing.assert_close(expanded, torch.tensor([1.0, 1.0, 0.7, 1.0]))
+
+
+def test_how_a_prompt_is_chunked_does_not_change_a_seeded_text(tiny: Callable[..., str]) -> None:
+    """A seeded request whose prompt took several steps stopped the engine: "CPU Generator does not use offset"."""
+    jobs = [
+        Job(random_prompt(20, 1), greedy(60)),
+        Job(random_prompt(150, 2), SamplingParams(max_tokens=40, seed=3), arrival=2),
+        Job(random_prompt(90, 4), SamplingParams(max_tokens=40, seed=5, top_k=20), arrival=3),
+    ]
+    settings = {"num_speculative_tokens": 3, "control": {"mode": "fixed"}}
+    found = []
+    for chunk in (32, 256):
+        with engine(tiny(), settings, max_num_batched_tokens=chunk) as llm:
+            found.append(texts(drive(llm, jobs)))
+    assert found[0] == found[1]

@@ -17,6 +17,8 @@ VIEWS: dict[str, dict[str, Any]] = {
     "int8": {"weights": "int8", "lm_head": "int8"},
     "exit": {"weights": "native", "lm_head": "native", "exit_layer": 2},
 }
+ENGINE = {"max_num_batched_tokens": 64, "disable_hybrid_kv_cache_manager": True}
+"""One KV-cache group, also for Gemma 2 with its two kinds of layers."""
 JOBS = [Job(random_prompt(length, length), greedy(40), arrival=i) for i, length in enumerate((5, 40, 64, 90))]
 
 
@@ -27,7 +29,7 @@ def plain(tiny: Callable[..., str]) -> Callable[[str], Any]:
 
     def decode(family: str) -> Any:
         if family not in answers:
-            with engine(tiny(family), max_num_batched_tokens=64) as llm:
+            with engine(tiny(family), **ENGINE) as llm:
                 answers[family] = texts(drive(llm, JOBS))
         return answers[family]
 
@@ -41,7 +43,7 @@ def test_family_equals_plain_decoding(
 ) -> None:
     expected = plain(family)
     settings = {"num_speculative_tokens": 6, "drafter": VIEWS[view], "control": {"mode": "fixed"}}
-    with engine(tiny(family), settings, max_num_batched_tokens=64) as llm:
+    with engine(tiny(family), settings, **ENGINE) as llm:
         seen = watch(llm, random_lengths(1, 6))
         assert texts(drive(llm, JOBS)) == expected
         assert seen.drafted > 100

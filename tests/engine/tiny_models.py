@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -45,6 +46,10 @@ FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
     "qwen2": lambda **shape: Qwen2Config(**shape),
     "qwen3": lambda **shape: Qwen3Config(**({"head_dim": 32} | shape)),
     "mistral": lambda **shape: MistralConfig(**({"sliding_window": None} | shape)),
+    # Windows on every second layer, soft caps, and no head but the embedding.
+    "gemma2": lambda **shape: Gemma2Config(
+        **({"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 48} | shape | {"tie_word_embeddings": True})
+    ),
     "phi3": lambda **shape: Phi3Config(**shape),
     "qwen3_moe": lambda **shape: Qwen3MoeConfig(
         **(

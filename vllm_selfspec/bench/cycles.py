@@ -281,14 +281,17 @@ def _generate(llm: Any, requests: list[dict[str, Any]], sampling: dict[str, Any]
 
 
 def _weight_bytes(runner: Any, drafts: bool) -> dict[str, int | None]:
-    from vllm_selfspec.drafter.view import language_model
+    from vllm_selfspec.drafter.view import language_model, lm_head_path
 
     top = language_model(runner.get_model())
-    sizes = {"verify forward": stack_bytes(top.model.layers), "verify head": linear_bytes(top.lm_head)}
+    sizes = {
+        "verify forward": stack_bytes(top.model.layers),
+        "verify head": linear_bytes(top.get_submodule(lm_head_path(top))),
+    }
     if drafts:
         draft_model = runner.drafter.model
         sizes["draft forward"] = stack_bytes(draft_model.backbones[-1].decoder.layers)
-        sizes["draft head"] = linear_bytes(draft_model._heads[-1].lm_head)
+        sizes["draft head"] = linear_bytes(draft_model._heads[-1].get_submodule(lm_head_path(top)))
     return sizes
 
 

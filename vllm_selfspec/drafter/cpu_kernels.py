@@ -98,6 +98,7 @@ def load() -> None:
     for name, outputs in _OUTPUTS.items():
         if hasattr(torch.ops.selfspec_cpu, name):
             torch.library.register_fake(f"selfspec_cpu::{name}", functools.partial(_fake, outputs))
+    torch.library.register_fake("selfspec_cpu::draft_attention", lambda query, *rest: query.new_empty(query.shape))
 
 
 def _fake(outputs: Callable[..., int], x: torch.Tensor, *rest: Any) -> torch.Tensor:

@@ -7,7 +7,8 @@ and value into the slot that the scheduler has allocated there, and samples the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -201,6 +202,9 @@ class SelfDraftProposer(DraftModelProposer):
         table = common_attn_metadata.block_table_tensor[:batch_size]
         block_size = self._runner.input_batch.block_table[self.kv_cache_gid].block_size
         slots = draft_slots(start, limit, table, block_size, gamma)
+        positions = start + torch.arange(gamma, device=self.device).unsqueeze(1)  # [γ, B]
+        positions.clamp_(max=self.max_model_len - 1)
+        lengths = torch.minimum(positions + 1, limit.clamp(min=1))
 
         metadata = CommonAttentionMetadata(
             query_start_loc=self.arange[: batch_size + 1],
@@ -215,35 +219,61 @@ class SelfDraftProposer(DraftModelProposer):
             seq_lens_cpu_upper_bound=None,
         )
         upper_bound = common_attn_metadata.seq_lens_cpu_upper_bound
-        cudagraph_mode, num_rows, num_tokens_across_dp = self._determine_batch_execution_and_padding(batch_size)
+        execution = self._determine_batch_execution_and_padding(batch_size)
+        num_rows = execution[1]
         # Rows that do not sample leave their generators alone: how a prompt is chunked must not change a seeded text.
         idle = self._runner.discard_request_mask.np
         generators = {row: generator for row, generator in sampling_metadata.generators.items() if not idle[row]}
         tokens = next_token_ids
         probs: torch.Tensor | None = None
-        for step in range(gamma):
-            position = (start + step).clamp_(max=self.max_model_len - 1)
-            self.input_ids[:batch_size] = tokens
-            self.positions[:batch_size] = position
-            metadata.seq_lens.copy_(torch.minimum(position + 1, limit.clamp(min=1)))
-            if upper_bound is not None:
-                metadata.seq_lens_cpu_upper_bound = (upper_bound[:batch_size] + step + 1).clamp_(max=self.max_model_len)
-            slot_mapping = self._get_slot_mapping(num_rows, slots[step])
-            _, per_layer = self.build_per_group_and_layer_attn_metadata(metadata, draft_index=step)
-            with set_forward_context(
-                per_layer,
-                self.vllm_config,
-                num_tokens=num_rows,
-                num_tokens_across_dp=num_tokens_across_dp,
-                cudagraph_runtime_mode=cudagraph_mode,
-                slot_mapping=slot_mapping,
-            ):
+        with ExitStack() as context:
+            for step in range(gamma):
+                self.input_ids[:batch_size] = tokens
+                self.positions[:batch_size] = positions[step]
+                metadata.seq_lens.copy_(lengths[step])
+                if upper_bound is not None:
+                    upper = upper_bound[:batch_size] + step + 1
+                    metadata.seq_lens_cpu_upper_bound = upper.clamp_(max=self.max_model_len)
+                slot_mapping = self._get_slot_mapping(num_rows, slots[step])
+                if step == 0 or self.model.attentions is None:
+                    context.close()
+                    context.enter_context(self._forward_context(metadata, step, slot_mapping, execution))
                 hidden = self.model(self.input_ids[:num_rows], self.positions[:num_rows])[:batch_size]
-            tokens, q = sample_drafts(self.model.compute_logits(hidden), sampling_metadata, generators)
-            drafts[:, step] = tokens
-            if q is not None:
-                if probs is None:
-                    probs = self._scratch.take((batch_size, gamma, q.shape[1]), q.dtype, q.device)
-                probs[:, step] = q
+                tokens, q = sample_drafts(self.model.compute_logits(hidden), sampling_metadata, generators)
+                drafts[:, step] = tokens
+                if q is not None:
+                    if probs is None:
+                        probs = self._scratch.take((batch_size, gamma, q.shape[1]), q.dtype, q.device)
+                    probs[:, step] = q
         self._last_draft_probs = probs
         return drafts
+
+    @contextmanager
+    def _forward_context(
+        self,
+        metadata: CommonAttentionMetadata,
+        step: int,
+        slot_mapping: dict[str, torch.Tensor],
+        execution: tuple[CUDAGraphMode, int, torch.Tensor | None],
+    ) -> Iterator[None]:
+        """What the view's forward of draft `step` finds around it; for `DraftAttentions` those of later drafts, too.
+
+        Args:
+            execution: as of `_determine_batch_execution_and_padding`.
+        """
+        cudagraph_mode, num_rows, num_tokens_across_dp = execution
+        per_group, per_layer = self.build_per_group_and_layer_attn_metadata(metadata, draft_index=step)
+        with set_forward_context(
+            per_layer,
+            self.vllm_config,
+            num_tokens=num_rows,
+            num_tokens_across_dp=num_tokens_across_dp,
+            cudagraph_runtime_mode=cudagraph_mode,
+            slot_mapping=slot_mapping,
+        ):
+            if self.model.attentions is None:
+                yield
+                return
+            builder = self.draft_attn_groups[0].get_metadata_builder()
+            with self.model.attentions.batch(per_group[0], builder, next(iter(slot_mapping.values()))):
+                yield

@@ -68,13 +68,14 @@ class WeightTap:
                 return tap
         return None
 
-    def capture(self, layer: nn.Module, weight: torch.Tensor) -> None:
-        """Quantize the full `weight` [N, K] of a layer, at the precision that the plan gives it."""
+    def capture(self, layer: nn.Module, weight: torch.Tensor, precision: Precision | None = None) -> None:
+        """Quantize the full `weight` [N, K] of a layer, at first at `precision`, or what the plan gives it."""
         state = self._states.get(layer)
-        if weight.is_meta or weight.ndim != 2 or (state is None and self._plan(layer) == "native"):
+        precision = precision or self._plan(layer)
+        if weight.is_meta or weight.ndim != 2 or (state is None and precision == "native"):
             return
         if state is None:
-            self._states[layer] = quantize(weight.detach(), self._plan(layer))
+            self._states[layer] = quantize(weight.detach(), precision)
         else:
             start = time.perf_counter()
             state.refresh(weight.detach())
@@ -82,10 +83,14 @@ class WeightTap:
             self.refreshed_layers += 1
         self._stale.discard(layer)
 
-    def state(self, layer: nn.Module) -> QuantizedLinear:
-        """The quantized weight of `layer`, made now if the layer still holds its full weight."""
+    def state(self, layer: nn.Module, precision: Precision | None = None) -> QuantizedLinear:
+        """The quantized weight of `layer`, made now if the layer still holds its full weight.
+
+        Args:
+            precision: of a layer that the plan does not know; None: the plan's.
+        """
         if layer not in self._states:
-            self.capture(layer, layer.weight)
+            self.capture(layer, layer.weight, precision)
         if layer not in self._states:
             raise ConfigError(
                 f"drafter: the full weight of {getattr(layer, 'prefix', type(layer).__name__)} is not available to "

@@ -15,6 +15,7 @@ from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -22,11 +23,16 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.models import supports_multimodal
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_selfspec.config import ConfigError, Precision
+from vllm_selfspec.drafter import cpu_attention
 from vllm_selfspec.drafter.exit_head import load as load_exit_head
 from vllm_selfspec.drafter.quantize import FEW_ROWS, QuantizedLinear, usable_precisions
 from vllm_selfspec.drafter.refresh import WeightTap
@@ -57,13 +63,12 @@ def shallow_copy(module: nn.Module) -> Any:
     return clone
 
 
-def quantized_copy(module: nn.Module, tap: WeightTap, few_rows: bool) -> nn.Module:
-    """`module` itself if it holds nothing to quantize, else a shallow copy whose linear layers use the tap's."""
-    if is_quantizable(module):
-        clone = shallow_copy(module)
-        clone.quant_method = DrafterLinearMethod(tap.state(module).at(few_rows))
-        return clone
-    children = {name: quantized_copy(child, tap, few_rows) for name, child in module.named_children()}
+def copy_with(module: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """`module` itself if `replace` leaves all that it holds, else a shallow copy that holds the replacements."""
+    replacement = replace(module)
+    if replacement is not module:
+        return replacement
+    children = {name: copy_with(child, replace) for name, child in module.named_children()}
     if all(child is module._modules[name] for name, child in children.items()):
         return module
     clone = shallow_copy(module)
@@ -74,6 +79,28 @@ def quantized_copy(module: nn.Module, tap: WeightTap, few_rows: bool) -> nn.Modu
 def language_model(target: nn.Module) -> nn.Module:
     """The text part of a target, the target itself where that is all there is."""
     return target.get_language_model() if supports_multimodal(target) else target
+
+
+def lm_head_path(top: nn.Module) -> str:
+    """Where a language model keeps the layer that makes its logits.
+
+    Raises:
+        ConfigError: if it is in none of the known places.
+    """
+    # Models that are always tied may know their head by no name but the embedding's (Gemma 2, Cohere).
+    for path in ("lm_head", "output", "model.embed_tokens"):
+        owner, _, name = path.rpartition(".")
+        if isinstance(getattr(getattr(top, owner) if owner else top, name, None), VocabParallelEmbedding):
+            return path
+    raise ConfigError(f"drafter.lm_head cannot be quantized for {type(top).__name__}: set it to 'native'.")
+
+
+def with_submodule(module: nn.Module, path: str, submodule: nn.Module) -> nn.Module:
+    """A shallow copy of `module` that holds `submodule` at `path`, and shallow copies of what is between."""
+    name, _, rest = path.partition(".")
+    clone = shallow_copy(module)
+    clone._modules[name] = with_submodule(module._modules[name], rest, submodule) if rest else submodule
+    return clone
 
 
 def quantization_plan(
@@ -133,11 +160,21 @@ class DraftModel(nn.Module):
     It has no `load_weights`: the target's loader must never reach the drafter through it.
     """
 
-    def __init__(self, backbones: Sequence[nn.Module], heads: Sequence[nn.Module]) -> None:
-        """From one of each, or from two: the first for many rows, the second for few."""
+    def __init__(
+        self,
+        backbones: Sequence[nn.Module],
+        heads: Sequence[nn.Module],
+        attentions: cpu_attention.DraftAttentions | None = None,
+    ) -> None:
+        """From one stack and head, or from two: the first for many rows, the second for few.
+
+        Args:
+            attentions: of the stacks; None where their attention layers are the target's own.
+        """
         super().__init__()
         self.backbones = nn.ModuleList(backbones)
         self._heads = tuple(heads)  # not registered: their parameters are the target's
+        self.attentions = attentions
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: torch.Tensor | None = None
@@ -181,14 +218,25 @@ def build_view(
             f"drafter.weights is {weights!r}, but {type(target).__name__} has no unquantized linear layer: "
             "set it to 'native' and draft with exit_layer or skip_layers."
         )
-    if lm_head != "native" and not isinstance(top.lm_head.quant_method, UnquantizedEmbeddingMethod):
+    logits_layer = top.get_submodule(lm_head_path(top)) if lm_head != "native" else None
+    if logits_layer is not None and not isinstance(logits_layer.quant_method, UnquantizedEmbeddingMethod):
         raise ConfigError("drafter.lm_head cannot be quantized a second time on this checkpoint: set it to 'native'.")
 
+    shared = [m for layer in chosen for m in layer.modules() if isinstance(m, AttentionLayerBase)]
+    attentions = cpu_attention.DraftAttentions() if cpu_attention.usable_for(shared) else None
+
     def backbone(few_rows: bool) -> nn.Module:
+        def replace(module: nn.Module) -> nn.Module:
+            if weights != "native" and is_quantizable(module):
+                clone = shallow_copy(module)
+                clone.quant_method = DrafterLinearMethod(tap.state(module).at(few_rows))
+                return clone
+            if attentions is not None and isinstance(module, Attention):
+                return attentions.copy_of(module)
+            return module
+
         decoder = shallow_copy(inner)
-        decoder.layers = nn.ModuleList(
-            layer if weights == "native" else quantized_copy(layer, tap, few_rows) for layer in chosen
-        )
+        decoder.layers = nn.ModuleList(copy_with(layer, replace) for layer in chosen)
         if exit_head is not None:
             device = next(top.parameters()).device
             trained, restore = load_exit_head(exit_head, weights, few_rows, vllm_config.model_config.dtype, device)
@@ -200,15 +248,15 @@ def build_view(
             return kind(vllm_config=vllm_config, decoder=decoder)
 
     def head(few_rows: bool) -> nn.Module:
-        clone = shallow_copy(top)
-        if lm_head != "native":
-            clone._modules["lm_head"] = shallow_copy(top.lm_head)
-            clone.lm_head.quant_method = DrafterLinearMethod(tap.state(top.lm_head).at(few_rows))
-        return clone
+        if logits_layer is None:
+            return shallow_copy(top)
+        quantized = shallow_copy(logits_layer)
+        quantized.quant_method = DrafterLinearMethod(tap.state(logits_layer, lm_head).at(few_rows))
+        return with_submodule(top, lm_head_path(top), quantized)
 
     model = DraftModel(
         [backbone(few_rows) for few_rows in ([False, True] if weights == "int4+int8" else [False])],
         [head(few_rows) for few_rows in ([False, True] if lm_head == "int4+int8" else [False])],
+        attentions,
     )
-    names = {m.layer_name for layer in chosen for m in layer.modules() if isinstance(m, AttentionLayerBase)}
-    return model, names
+    return model, {attention.layer_name for attention in shared}
