@@ -235,7 +235,7 @@ def test_logprobs_are_the_targets(drafting: LLM, target: PreTrainedModel) -> Non
             assert set(row.topk(3).indices.tolist()) <= logprobs.keys()
             for token, logprob in logprobs.items():
                 assert logprob.logprob == pytest.approx(float(row[token]), abs=1e-4)
-    assert 0.1 < seen.acceptance < 0.9
+    assert min(seen.accepted, seen.drafted - seen.accepted) > 25  # of either kind enough to judge by
 
 
 def test_chi_square_tells_the_drafter_from_the_target(target: PreTrainedModel, checkpoint: str) -> None:
@@ -264,9 +264,10 @@ def test_chi_square_sees_a_drafter_that_misreports_its_distribution(
     """Drafts that are not drawn from the q that the rejection sampler gets."""
     honest = proposer.sample_drafts
 
-    def sharper(logits: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        tokens, _ = honest(logits * 1.5, *rest)
-        return tokens, honest(logits, *rest)[1]
+    def sharper(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
+        tokens = honest(logits * 1.5, *rest)
+        honest(logits, *rest)  # leaves its own probabilities
+        return tokens
 
     monkeypatch.setattr(proposer, "sample_drafts", sharper)
     watch(drafting, lambda: LENGTH - 1)

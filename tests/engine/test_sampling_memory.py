@@ -13,6 +13,8 @@ from engines import Job, drive, engine, greedy, random_prompt, runner_of, texts,
 from vllm import SamplingParams
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_selfspec.compat import cpu_sampling
+from vllm_selfspec.drafter.cpu_kernels import own_kernels
 from vllm_selfspec.drafter.proposer import verified_draft_probs
 from vllm_selfspec.drafter.sampling import Scratch
 
@@ -66,10 +68,11 @@ def test_no_draft_probs_stay_none() -> None:
     assert verified_draft_probs(original, runner, SimpleNamespace(num_draft_tokens=[3])) is None
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
 @pytest.mark.parametrize("logprobs", [None, 2])
-def test_verification_keeps_its_memory(logprobs: int | None, tiny: Callable[..., str]) -> None:
+def test_verification_keeps_its_memory(logprobs: int | None, top_p: float, tiny: Callable[..., str]) -> None:
     settings = {"num_speculative_tokens": 3, "drafter": DRAFTER, "control": {"mode": "fixed"}}
-    sampling = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True, logprobs=logprobs)
+    sampling = SamplingParams(temperature=1.0, top_p=top_p, max_tokens=20, ignore_eos=True, logprobs=logprobs)
     with engine(tiny("llama"), settings) as llm:
         seen = watch(llm)
         runner = runner_of(llm)
@@ -85,11 +88,14 @@ def test_verification_keeps_its_memory(logprobs: int | None, tiny: Callable[...,
         drive(llm, jobs)
         assert seen.drafted > drafted > 0
         assert places() == before
-        # The unprocessed logits are kept apart only for those who ask for log-probabilities.
-        assert [bool(place) for place in before] == [True, True, logprobs is not None, True, True]
+        # Kernels read the logits as they are where only a temperature shapes them; else they are copied and processed.
+        # The unprocessed ones are kept apart only for those who ask for log-probabilities.
+        processed, wanted = top_p < 1.0 or not own_kernels(), logprobs is not None
+        copied = processed or wanted
+        assert [bool(place) for place in before] == [copied, copied, processed and wanted, processed, True]
 
 
-def test_a_greedy_request_outlives_a_sampled_one(tiny: Callable[..., str]) -> None:
+def test_a_greedy_request_outlives_a_sampled_one(tiny: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its drafts were made beside the other's, with probabilities, and are verified in a batch that is all greedy."""
     checkpoint = tiny("llama")
     jobs = [
@@ -99,8 +105,16 @@ def test_a_greedy_request_outlives_a_sampled_one(tiny: Callable[..., str]) -> No
     with engine(checkpoint) as llm:
         (expected,) = texts(drive(llm, jobs[:1]))
     settings = {"num_speculative_tokens": 3, "drafter": DRAFTER, "control": {"mode": "fixed"}}
+    greedy_steps = []
+
+    def counted(metadata: Any, draft_probs: torch.Tensor | None, *rest: Any) -> torch.Tensor:
+        greedy_steps.append(draft_probs is None)
+        return rejection_sample(metadata, draft_probs, *rest)
+
+    rejection_sample = cpu_sampling.rejection_sample
+    monkeypatch.setattr(cpu_sampling, "rejection_sample", counted)
     with engine(checkpoint, settings) as llm:
         seen = watch(llm)
         assert texts(drive(llm, jobs))[0] == expected
         assert 0 < seen.accepted < seen.drafted
-        assert runner_of(llm).rejection_sampler.selfspec_scratch.gathered._memory.nbytes
+        assert True in greedy_steps and False in greedy_steps

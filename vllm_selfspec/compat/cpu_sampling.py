@@ -6,14 +6,16 @@ Cause: tokens are drawn by Gumbel noise on every logit. The rejection sampler ad
 because a GPU cannot know without a synchronisation which drafts are rejected; its noise is drawn even when there is no
 draft at all. And glibc gives the tensors of a verification, tens of MiB each, back to the system after every step.
 Mend: tokens are drawn by inverting the cumulative distribution (float64) at one uniform number, and recovered tokens
-only where a draft was rejected; the large tensors are kept. The rule is the same (Leviathan et al., arXiv 2211.17192:
-accept x with probability min(1, p(x) / q(x)), else draw from max(p - q, 0)), and so is the distribution; the random
-numbers are others than vLLM's own. What asks for processed log-probabilities, drafters without probabilities and
-synthetic acceptance run vLLM's functions.
+only where a draft was rejected; the large tensors are kept. Where nothing but a temperature shapes a distribution there
+are none: `csrc/cpu_sampling.cpp` reads the logits as the model leaves them, a row at a time. The rule is the same
+(Leviathan et al., arXiv 2211.17192: accept x with probability min(1, p(x) / q(x)), else draw from max(p - q, 0)), and
+so is the distribution; the random numbers are others than vLLM's own. What asks for processed log-probabilities,
+drafters without probabilities and synthetic acceptance run vLLM's functions.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,11 +23,18 @@ import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample import rejection_sampler
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import (
+    LogitBiasLogitsProcessor,
+    MinPLogitsProcessor,
+    MinTokensLogitsProcessor,
+)
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
+from vllm_selfspec.drafter.cpu_kernels import own_kernels
 from vllm_selfspec.drafter.sampling import Scratch, inverse_cdf, uniforms
 
 PLACEHOLDER = -1
@@ -70,48 +79,161 @@ def forward(
     if sampling_metadata.all_greedy:
         draft_probs = None  # some may be left from a step in which others sampled
     wanted = sampling_metadata.max_num_logprobs
-    bonus = self.sampler(
-        logits=logits[metadata.bonus_logits_indices],
-        sampling_metadata=replace(sampling_metadata, max_num_logprobs=None if wanted is None else -1),
-        predict_bonus_token=True,
-        logprobs_mode_override="raw_logits",
-    )
-    shape = (drafts, logits.shape[1])
-    gathered = scratch.gathered.take(shape, logits.dtype)
-    torch.index_select(logits, 0, metadata.target_logits_indices, out=gathered)
-    raw = scratch.raw.take(shape, torch.float32).copy_(gathered)
-    processed = raw if wanted is None else scratch.processed.take(shape, torch.float32).copy_(raw)
-    processed = self.apply_logits_processors(processed, sampling_metadata, metadata)
-    processed = rejection_sampler.apply_sampling_constraints(processed, metadata.cu_num_draft_tokens, sampling_metadata)
-    tokens = rejection_sample(metadata, draft_probs, processed, bonus.sampled_token_ids, sampling_metadata, scratch)
-    logprobs = None
-    if wanted is not None:
-        logprobs = self._get_logprobs_tensors(wanted, metadata, logits, raw, bonus.logprobs_tensors.logprobs, tokens)
+
+    def raw_logits(rows: torch.Tensor) -> torch.Tensor:
+        gathered = scratch.gathered.take((len(rows), logits.shape[1]), logits.dtype)
+        torch.index_select(logits, 0, rows, out=gathered)
+        return scratch.raw.take(gathered.shape, torch.float32).copy_(gathered)
+
+    if own_kernels() and only_temperature(sampling_metadata):
+        target: Target = Logits(metadata, logits, sampling_metadata)
+        tokens = rejection_sample(metadata, draft_probs, target, sampling_metadata)
+        if wanted is None:
+            return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=None)
+        raw, bonus_logits = raw_logits(metadata.target_logits_indices), logits[metadata.bonus_logits_indices]
+    else:
+        bonus = self.sampler(
+            logits=logits[metadata.bonus_logits_indices],
+            sampling_metadata=replace(sampling_metadata, max_num_logprobs=None if wanted is None else -1),
+            predict_bonus_token=True,
+            logprobs_mode_override="raw_logits",
+        )
+        raw = raw_logits(metadata.target_logits_indices)
+        processed = raw if wanted is None else scratch.processed.take(raw.shape, torch.float32).copy_(raw)
+        processed = self.apply_logits_processors(processed, sampling_metadata, metadata)
+        processed = rejection_sampler.apply_sampling_constraints(
+            processed, metadata.cu_num_draft_tokens, sampling_metadata
+        )
+        target = ProcessedLogits(processed, bonus.sampled_token_ids[:, 0], scratch)
+        tokens = rejection_sample(metadata, draft_probs, target, sampling_metadata)
+        if wanted is None:
+            return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=None)
+        bonus_logits = bonus.logprobs_tensors.logprobs
+    logprobs = self._get_logprobs_tensors(wanted, metadata, logits, raw, bonus_logits, tokens)
     return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=logprobs)
+
+
+def only_temperature(metadata: SamplingMetadata) -> bool:
+    """True where nothing but its temperature stands between a request's logits and its distribution."""
+    holder = metadata.thinking_budget_state_holder
+    processors = metadata.logitsprocs
+    return (
+        metadata.top_k is None
+        and metadata.top_p is None
+        and metadata.no_penalties
+        and not metadata.bad_words_token_ids
+        and metadata.allowed_token_ids_mask is None
+        and not (holder is not None and holder.has_tracked_requests())
+        and all(map(_idle, (*processors.argmax_invariant, *processors.non_argmax_invariant)))
+    )
+
+
+def _idle(processor: LogitsProcessor) -> bool:
+    """True where no request asks for this processor."""
+    if isinstance(processor, MinTokensLogitsProcessor):
+        return not processor.min_toks
+    if isinstance(processor, LogitBiasLogitsProcessor):
+        return not processor.biases
+    return isinstance(processor, MinPLogitsProcessor) and not processor.min_p_count
+
+
+class Target(ABC):
+    """The target's distributions behind N drafts of B requests, and behind the last draft of each."""
+
+    @abstractmethod
+    def best(self) -> torch.Tensor:
+        """[N] int64 the likeliest tokens."""
+
+    @abstractmethod
+    def prob(self, drafts: torch.Tensor) -> torch.Tensor:
+        """[N] float32 probabilities of the drafts [N]; not asked for where all requests are greedy."""
+
+    @abstractmethod
+    def probs(self, rows: torch.Tensor) -> torch.Tensor:
+        """[R, V] float32 the distributions in the place of drafts `rows` [R]."""
+
+    @abstractmethod
+    def bonus(self, requests: torch.Tensor) -> torch.Tensor:
+        """[R] tokens behind the last draft of `requests` [R]."""
+
+
+class ProcessedLogits(Target):
+    """From logits [N, V] float32 after temperature, top-k and top-p, and the bonus tokens [B]."""
+
+    def __init__(self, logits: torch.Tensor, bonus_token_ids: torch.Tensor, scratch: RejectionScratch) -> None:
+        self._logits, self._bonus, self._scratch = logits, bonus_token_ids, scratch
+
+    def best(self) -> torch.Tensor:
+        return self._logits.argmax(dim=-1)
+
+    def prob(self, drafts: torch.Tensor) -> torch.Tensor:
+        self._probs = self._scratch.probs.take(self._logits.shape, torch.float32)
+        torch.softmax(self._logits, dim=-1, out=self._probs)
+        return self._probs.gather(1, drafts[:, None])[:, 0]
+
+    def probs(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._probs[rows]
+
+    def bonus(self, requests: torch.Tensor) -> torch.Tensor:
+        return self._bonus[requests]
+
+
+class Logits(Target):
+    """From the model's own logits [N + B, V], of which each is read once and few are written anywhere."""
+
+    def __init__(self, metadata: SpecDecodeMetadata, logits: torch.Tensor, sampling: SamplingMetadata) -> None:
+        self._logits, self._sampling = logits, sampling
+        self._rows, self._bonus_rows = metadata.target_logits_indices.long(), metadata.bonus_logits_indices.long()
+        if sampling.temperature is not None:
+            # The temperature of greedy requests does not matter, but is no divisor.
+            self._each = sampling.temperature.masked_fill(sampling.temperature == 0, 1.0)
+            self._temperature = self._each.repeat_interleave(torch.tensor(metadata.num_draft_tokens))
+
+    def best(self) -> torch.Tensor:
+        return torch.ops.selfspec_cpu.argmax_rows(self._logits, self._rows)
+
+    def prob(self, drafts: torch.Tensor) -> torch.Tensor:
+        return torch.ops.selfspec_cpu.token_probs(self._logits, self._rows, drafts, self._temperature)
+
+    def probs(self, rows: torch.Tensor) -> torch.Tensor:
+        return self._softmax(self._rows[rows], self._temperature[rows])
+
+    def bonus(self, requests: torch.Tensor) -> torch.Tensor:
+        rows = self._bonus_rows[requests]
+        if self._sampling.all_greedy:
+            return torch.ops.selfspec_cpu.argmax_rows(self._logits, rows)
+        generators = self._sampling.generators
+        seeded = {i: generators[row] for i, row in enumerate(requests.tolist()) if row in generators}
+        tokens = inverse_cdf(self._softmax(rows, self._each[requests]), uniforms(len(rows), seeded))
+        if not self._sampling.all_random:
+            best = torch.ops.selfspec_cpu.argmax_rows(self._logits, rows)
+            tokens = torch.where(self._sampling.temperature[requests] == 0, best, tokens)
+        return tokens
+
+    def _softmax(self, rows: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+        out = torch.empty((len(rows), self._logits.shape[1]), dtype=torch.float32)
+        torch.ops.selfspec_cpu.softmax(self._logits[rows], temperature, out)
+        return out
 
 
 def rejection_sample(
     metadata: SpecDecodeMetadata,
     draft_probs: torch.Tensor | None,
-    target_logits: torch.Tensor,
-    bonus_token_ids: torch.Tensor,
+    target: Target,
     sampling_metadata: SamplingMetadata,
-    scratch: RejectionScratch,
 ) -> torch.Tensor:
     """Accept drafts or replace them.
 
     Args:
         metadata, draft_probs: as of `forward`.
-        target_logits: [N, V] float32, after temperature, top-k and top-p.
-        bonus_token_ids: [B, 1] the target's token behind the last draft.
 
     Returns:
         [B, γ + 1] int32 tokens.
     """
     draft_token_ids, num_draft_tokens = metadata.draft_token_ids, metadata.num_draft_tokens
-    if not len(draft_token_ids):
-        return bonus_token_ids.int()
     batch_size = len(num_draft_tokens)
+    if not len(draft_token_ids):
+        return target.bonus(torch.arange(batch_size)).int()[:, None]
     lengths = torch.tensor(num_draft_tokens)
     request = torch.arange(batch_size).repeat_interleave(lengths)  # [N]
     first = lengths.cumsum(0) - lengths  # [B] row of each request's first draft
@@ -121,13 +243,11 @@ def rejection_sample(
     generators = sampling_metadata.generators
     greedy = None
     if not sampling_metadata.all_random:
-        best = target_logits.argmax(dim=-1)  # [N]
+        best = target.best()  # [N]
     if draft_probs is None:
         accept = drafts == best
     else:
-        target_probs = scratch.probs.take(target_logits.shape, torch.float32)
-        torch.softmax(target_logits, dim=-1, out=target_probs)  # [N, V]
-        p = target_probs.gather(1, drafts[:, None])[:, 0]
+        p = target.prob(drafts)
         q = draft_probs.gather(1, drafts[:, None])[:, 0]
         u = torch.rand(len(request), dtype=torch.float64)
         for row, generator in generators.items():
@@ -145,18 +265,19 @@ def rejection_sample(
     kept = step < accepted[request]
     output[request[kept], step[kept]] = draft_token_ids[kept].int()
 
-    everything = accepted == lengths
-    output[everything, accepted[everything]] = bonus_token_ids[everything, 0].int()
-    rejected = (~everything).nonzero()[:, 0]
+    whole = accepted == lengths
+    complete, rejected = whole.nonzero()[:, 0], (~whole).nonzero()[:, 0]
+    if len(complete):
+        output[complete, accepted[complete]] = target.bonus(complete).int()
     if len(rejected):
         rows = first[rejected] + accepted[rejected]
         if draft_probs is None:
             tokens = best[rows]
         else:
-            target = target_probs[rows]
-            residual = (target - draft_probs[rows]).clamp_(min=0)
+            probs = target.probs(rows)
+            residual = (probs - draft_probs[rows]).clamp_(min=0)
             # p = q but for rounding leaves no residual: then p itself is right.
-            residual = torch.where(residual.sum(dim=1, keepdim=True) > 0, residual, target)
+            residual = torch.where(residual.sum(dim=1, keepdim=True) > 0, residual, probs)
             seeded = {i: generators[row] for i, row in enumerate(rejected.tolist()) if row in generators}
             tokens = inverse_cdf(residual, uniforms(len(rejected), seeded))
             if greedy is not None:

@@ -239,12 +239,11 @@ class SelfDraftProposer(DraftModelProposer):
                     context.close()
                     context.enter_context(self._forward_context(metadata, step, slot_mapping, execution))
                 hidden = self.model(self.input_ids[:num_rows], self.positions[:num_rows])[:batch_size]
-                tokens, q = sample_drafts(self.model.compute_logits(hidden), sampling_metadata, generators)
-                drafts[:, step] = tokens
-                if q is not None:
-                    if probs is None:
-                        probs = self._scratch.take((batch_size, gamma, q.shape[1]), q.dtype, q.device)
-                    probs[:, step] = q
+                logits = self.model.compute_logits(hidden)
+                if probs is None and not sampling_metadata.all_greedy:
+                    probs = self._scratch.take((batch_size, gamma, logits.shape[1]), torch.float32, logits.device)
+                q = None if probs is None else probs[:, step]
+                tokens = drafts[:, step] = sample_drafts(logits, sampling_metadata, generators, q)
         self._last_draft_probs = probs
         return drafts
 

@@ -36,32 +36,57 @@ class Scratch:
 
 
 def sample_drafts(
-    logits: torch.Tensor, metadata: SamplingMetadata, generators: dict[int, torch.Generator]
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    logits: torch.Tensor,
+    metadata: SamplingMetadata,
+    generators: dict[int, torch.Generator],
+    probs: torch.Tensor | None,
+) -> torch.Tensor:
     """Sample one draft per request.
 
     Args:
-        logits: [B, V] the drafter's; may be overwritten.
+        logits: [B, V] the drafter's.
         metadata: the batch's sampling parameters. Only the temperature shapes q: top-k, top-p and penalties act on
             the target alone, which keeps the result exact.
         generators: of the rows that have seeds and use their drafts; each gives one number.
+        probs: [B, V] float32, which becomes q; None when every request is greedy.
 
     Returns:
-        [B] int64 tokens, and q as [B, V] float32, None when every request is greedy.
+        [B] int64 tokens.
     """
-    if metadata.all_greedy:
-        return logits.argmax(dim=-1), None
+    if probs is None:
+        return argmax(logits)
     temperature = metadata.temperature
     assert temperature is not None
     greedy = None
     if not metadata.all_random:
         greedy = temperature < _SAMPLING_EPS
         temperature = torch.where(greedy, 1.0, temperature)
-    q = torch.softmax(logits.float().div_(temperature.unsqueeze(1)), dim=-1)
-    tokens = inverse_cdf(q, uniforms(q.shape[0], generators, q.device))
+    softmax(logits, temperature, probs)
+    tokens = inverse_cdf(probs, uniforms(probs.shape[0], generators, probs.device))
     if greedy is not None:
-        tokens = torch.where(greedy, q.argmax(dim=-1), tokens)
-    return tokens, q
+        tokens = torch.where(greedy, argmax(logits), tokens)
+    return tokens
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """[B] int64: the first of the greatest of logits [B, V]."""
+    if logits.device.type == "cpu" and own_kernels():
+        return torch.ops.selfspec_cpu.argmax_rows(logits, torch.arange(logits.shape[0]))
+    return logits.argmax(dim=-1)
+
+
+def softmax(logits: torch.Tensor, temperature: torch.Tensor, out: torch.Tensor) -> None:
+    """Probabilities at a temperature per row.
+
+    Args:
+        logits: [B, V].
+        temperature: [B] float32, positive.
+        out: [B, V] float32, overwritten.
+    """
+    if logits.device.type == "cpu" and own_kernels():
+        torch.ops.selfspec_cpu.softmax(logits, temperature, out)
+    else:
+        torch.softmax(logits.float() / temperature.unsqueeze(1), dim=-1, out=out)
 
 
 def uniforms(rows: int, generators: dict[int, torch.Generator], device: torch.device | str = "cpu") -> torch.Tensor:

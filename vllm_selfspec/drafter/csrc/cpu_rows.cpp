@@ -10,7 +10,6 @@
 //
 //   quantize_int8, quantize_int4   fill these weights from [N, K] float32, bfloat16 or float16, reading it once: a
 //                                  drafter follows every update of its target
-//   inverse_cdf                    draws from weights [B, V] at one uniform number each, which reads them once
 
 #include "cpu_common.h"
 
@@ -382,66 +381,12 @@ void quantize_int4(const at::Tensor& weight, at::Tensor out, at::Tensor scale_an
   });
 }
 
-// --- drawing tokens --------------------------------------------------------------------------------------------------
-
-inline double sum_of(const float* w, int64_t count) {
-  __m256d sums[4] = {};
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16)
-    for (int64_t j = 0; j < 4; ++j) sums[j] = _mm256_add_pd(sums[j], _mm256_cvtps_pd(_mm_loadu_ps(w + i + 4 * j)));
-  alignas(32) double each[4];
-  _mm256_store_pd(each, _mm256_add_pd(_mm256_add_pd(sums[0], sums[1]), _mm256_add_pd(sums[2], sums[3])));
-  double total = (each[0] + each[1]) + (each[2] + each[3]);
-  for (; i < count; ++i) total += w[i];
-  return total;
-}
-
-// For each row the first token whose cumulative weight exceeds u times the total, never one of weight 0. Weights are
-// added up in blocks, and token by token only in the block that the token is in.
-at::Tensor inverse_cdf(const at::Tensor& weights, const at::Tensor& u) {
-  constexpr int64_t kTokens = 512;
-  TORCH_CHECK(weights.dim() == 2 && weights.scalar_type() == at::kFloat && weights.size(1) > 0 &&
-                  u.scalar_type() == at::kDouble && u.numel() == weights.size(0) && u.is_contiguous(),
-              "weights must be float32 [B, V], u float64 [B]");
-  const at::Tensor source = weights.contiguous();
-  const int64_t rows = source.size(0), tokens = source.size(1), blocks = (tokens + kTokens - 1) / kTokens;
-  const float* w = source.const_data_ptr<float>();
-  const double* uniform = u.const_data_ptr<double>();
-  at::Tensor result = at::empty({rows}, source.options().dtype(at::kLong));
-  int64_t* out = result.mutable_data_ptr<int64_t>();
-  std::vector<double> sums(rows * blocks);
-#pragma omp parallel for collapse(2) schedule(static)
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t block = 0; block < blocks; ++block)
-      sums[row * blocks + block] =
-          sum_of(w + row * tokens + block * kTokens, std::min(kTokens, tokens - block * kTokens));
-  for (int64_t row = 0; row < rows; ++row) {
-    const double* parts = sums.data() + row * blocks;
-    double total = 0.0, before = 0.0;
-    for (int64_t block = 0; block < blocks; ++block) total += parts[block];
-    // A product that rounds up to the total would point past the last token of positive weight.
-    const double threshold = std::min(uniform[row] * total, std::nextafter(total, 0.0));
-    int64_t block = 0;
-    for (; block + 1 < blocks && !(before + parts[block] > threshold); ++block) before += parts[block];
-    int64_t found = tokens - 1;
-    const float* row_weights = w + row * tokens;
-    for (int64_t i = block * kTokens; i < std::min(tokens, (block + 1) * kTokens); ++i) {
-      if (row_weights[i] > 0.0f) found = i;  // the last one, if another order of adding up falls short
-      before += row_weights[i];
-      if (before > threshold) break;
-    }
-    out[row] = found;
-  }
-  return result;
-}
-
 }  // namespace
 
 TORCH_LIBRARY(selfspec_cpu, library) {
   library.def("rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def("int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   library.def("int4_linear(Tensor x, Tensor weight, Tensor scale_and_min, Tensor? bias) -> Tensor");
-  library.def("inverse_cdf(Tensor weights, Tensor u) -> Tensor");
   library.def("quantize_int8(Tensor weight, Tensor(a!) out, Tensor(b!) scale) -> ()");
   library.def("quantize_int4(Tensor weight, Tensor(a!) out, Tensor(b!) scale_and_min) -> ()");
 }
@@ -450,7 +395,6 @@ TORCH_LIBRARY_IMPL(selfspec_cpu, CPU, library) {
   library.impl("rows_linear", rows_linear);
   library.impl("int8_linear", int8_linear);
   library.impl("int4_linear", int4_linear);
-  library.impl("inverse_cdf", inverse_cdf);
   library.impl("quantize_int8", quantize_int8);
   library.impl("quantize_int4", quantize_int4);
 }
