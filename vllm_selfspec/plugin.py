@@ -225,6 +225,12 @@ IN_CPU_WORKERS = (
         "vllm_selfspec.compat.cpu_sampling:forward",
     ),
     Seam(
+        "vllm.v1.sample.sampler:Sampler.forward",
+        "where only a temperature shapes a distribution, logits are read as the model leaves them",
+        ("self", "logits", "sampling_metadata"),
+        "vllm_selfspec.compat.cpu_sampling:sampler_forward",
+    ),
+    Seam(
         "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler.forward_cpu",
         "a token takes one random number, not one per vocabulary entry",
         ("self", "logits", "generators", "k", "p"),

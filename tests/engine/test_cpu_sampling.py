@@ -10,6 +10,7 @@ import torch
 from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 from vllm.v1.sample.logits_processor.state import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
 
 from vllm_selfspec.compat import cpu_sampling
 from vllm_selfspec.drafter import sampling
@@ -135,7 +136,7 @@ def test_logits_are_read_as_vllms_tensors_would_be() -> None:
         target_logits_indices=target_rows.int(), bonus_logits_indices=bonus_rows.int(), num_draft_tokens=counts
     )
     settings = sampling_metadata()
-    found = cpu_sampling.Logits(metadata, logits, settings)
+    found = cpu_sampling.Logits(metadata, logits, settings, sampling.Scratch())
     divisors = torch.tensor([0.7, 0.7, 1.0, 1.0, 1.0])
     processed = logits[target_rows].float() / divisors[:, None]
     expected = cpu_sampling.ProcessedLogits(processed, torch.zeros(3), cpu_sampling.RejectionScratch())
@@ -175,3 +176,32 @@ def test_what_shapes_a_distribution_goes_the_long_way(fields: dict[str, Any]) ->
     assert cpu_sampling.only_temperature(sampling_metadata())
     assert cpu_sampling.only_temperature(sampling_metadata(logitsprocs=min_tokens(False)))
     assert not cpu_sampling.only_temperature(sampling_metadata(**fields))
+
+
+def test_plain_steps_draw_from_the_logits_as_they_are() -> None:
+    """In an engine of selfspec, and where nothing else is asked for."""
+    sampler, logits = Sampler(), logits_of(3, 600, torch.bfloat16)
+    asked: list[SamplingMetadata] = []
+
+    def original(self: Sampler, logits: torch.Tensor, metadata: SamplingMetadata) -> str:
+        asked.append(metadata)
+        return "vLLM's"
+
+    def forward(metadata: SamplingMetadata) -> Any:
+        return cpu_sampling.sampler_forward(original, sampler, logits, metadata)
+
+    assert forward(sampling_metadata()) == "vLLM's"
+    sampler.topk_topp_sampler.selfspec_scratch = sampling.Scratch()
+    for fields in ({"max_num_logprobs": 0}, {"logprob_token_ids": {0: [1]}}, {"top_k": torch.ones(3)}):
+        assert forward(sampling_metadata(**fields)) == "vLLM's"
+    assert len(asked) == 4
+    drawn = torch.stack([forward(sampling_metadata()).sampled_token_ids for _ in range(400)])
+    assert drawn.shape == (400, 3, 1) and drawn.dtype == torch.int32
+    assert (drawn[:, 2] == logits[2].float().argmax()).all()
+    for row, temperature in ((0, 0.7), (1, 1.0)):
+        probs = (logits[row].double() / temperature).softmax(dim=-1)
+        seen = drawn[:, row, 0].bincount(minlength=600).double() / 400
+        assert (seen - probs).abs().max() < 4 * (0.25 / 400) ** 0.5
+    assert len(drawn[:, 1].unique()) > 20
+    seeded = [forward(sampling_metadata(generators={1: torch.Generator().manual_seed(7)})) for _ in range(5)]
+    assert len({int(output.sampled_token_ids[1, 0]) for output in seeded}) == 1

@@ -92,7 +92,7 @@ def test_verification_keeps_its_memory(logprobs: int | None, top_p: float, tiny:
         # The unprocessed ones are kept apart only for those who ask for log-probabilities.
         processed, wanted = top_p < 1.0 or not own_kernels(), logprobs is not None
         copied = processed or wanted
-        assert [bool(place) for place in before] == [copied, copied, processed and wanted, processed, True]
+        assert [bool(place) for place in before] == [copied, copied, processed and wanted, True, True]
 
 
 def test_a_greedy_request_outlives_a_sampled_one(tiny: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

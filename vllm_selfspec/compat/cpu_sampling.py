@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
@@ -32,10 +33,11 @@ from vllm.v1.sample.logits_processor.builtin import (
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import RejectionSampler
+from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_selfspec.drafter.cpu_kernels import own_kernels
-from vllm_selfspec.drafter.sampling import Scratch, inverse_cdf, uniforms
+from vllm_selfspec.drafter.sampling import Scratch, argmax, inverse_cdf, softmax, uniforms
 
 PLACEHOLDER = -1
 """What vLLM puts behind a request's last token."""
@@ -86,7 +88,7 @@ def forward(
         return scratch.raw.take(gathered.shape, torch.float32).copy_(gathered)
 
     if own_kernels() and only_temperature(sampling_metadata):
-        target: Target = Logits(metadata, logits, sampling_metadata)
+        target: Target = Logits(metadata, logits, sampling_metadata, scratch.probs)
         tokens = rejection_sample(metadata, draft_probs, target, sampling_metadata)
         if wanted is None:
             return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=None)
@@ -150,7 +152,7 @@ class Target(ABC):
 
     @abstractmethod
     def probs(self, rows: torch.Tensor) -> torch.Tensor:
-        """[R, V] float32 the distributions in the place of drafts `rows` [R]."""
+        """[R, V] float32 the distributions in the place of drafts `rows` [R]; asked for after `prob`."""
 
     @abstractmethod
     def bonus(self, requests: torch.Tensor) -> torch.Tensor:
@@ -181,39 +183,52 @@ class ProcessedLogits(Target):
 class Logits(Target):
     """From the model's own logits [N + B, V], of which each is read once and few are written anywhere."""
 
-    def __init__(self, metadata: SpecDecodeMetadata, logits: torch.Tensor, sampling: SamplingMetadata) -> None:
-        self._logits, self._sampling = logits, sampling
+    def __init__(
+        self, metadata: SpecDecodeMetadata, logits: torch.Tensor, sampling: SamplingMetadata, scratch: Scratch
+    ) -> None:
+        self._logits, self._sampling, self._scratch = logits, sampling, scratch
         self._rows, self._bonus_rows = metadata.target_logits_indices.long(), metadata.bonus_logits_indices.long()
-        if sampling.temperature is not None:
-            # The temperature of greedy requests does not matter, but is no divisor.
-            self._each = sampling.temperature.masked_fill(sampling.temperature == 0, 1.0)
-            self._temperature = self._each.repeat_interleave(torch.tensor(metadata.num_draft_tokens))
+        if not sampling.all_greedy:
+            self._temperature = divisors(sampling).repeat_interleave(torch.tensor(metadata.num_draft_tokens))
 
     def best(self) -> torch.Tensor:
-        return torch.ops.selfspec_cpu.argmax_rows(self._logits, self._rows)
+        return argmax(self._logits, self._rows)
 
     def prob(self, drafts: torch.Tensor) -> torch.Tensor:
         return torch.ops.selfspec_cpu.token_probs(self._logits, self._rows, drafts, self._temperature)
 
     def probs(self, rows: torch.Tensor) -> torch.Tensor:
-        return self._softmax(self._rows[rows], self._temperature[rows])
+        return probabilities(self._logits[self._rows[rows]], self._temperature[rows], self._scratch)
 
     def bonus(self, requests: torch.Tensor) -> torch.Tensor:
-        rows = self._bonus_rows[requests]
-        if self._sampling.all_greedy:
-            return torch.ops.selfspec_cpu.argmax_rows(self._logits, rows)
-        generators = self._sampling.generators
-        seeded = {i: generators[row] for i, row in enumerate(requests.tolist()) if row in generators}
-        tokens = inverse_cdf(self._softmax(rows, self._each[requests]), uniforms(len(rows), seeded))
-        if not self._sampling.all_random:
-            best = torch.ops.selfspec_cpu.argmax_rows(self._logits, rows)
-            tokens = torch.where(self._sampling.temperature[requests] == 0, best, tokens)
-        return tokens
+        return draw(self._logits[self._bonus_rows[requests]], requests, self._sampling, self._scratch)
 
-    def _softmax(self, rows: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-        out = torch.empty((len(rows), self._logits.shape[1]), dtype=torch.float32)
-        torch.ops.selfspec_cpu.softmax(self._logits[rows], temperature, out)
-        return out
+
+def divisors(sampling: SamplingMetadata) -> torch.Tensor:
+    """[B] temperatures; 1 for greedy requests, whose temperature does not matter."""
+    assert sampling.temperature is not None
+    return sampling.temperature.masked_fill(sampling.temperature == 0, 1.0)
+
+
+def probabilities(logits: torch.Tensor, temperature: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """[R, V] float32 of logits [R, V] at temperatures [R], in memory that lasts until its next use."""
+    out = scratch.take(tuple(logits.shape), torch.float32)
+    softmax(logits, temperature, out)
+    return out
+
+
+def draw(logits: torch.Tensor, requests: torch.Tensor, sampling: SamplingMetadata, scratch: Scratch) -> torch.Tensor:
+    """[R] int64 tokens of `requests` [R] out of B, from what their logits [R, V] are at their temperatures."""
+    if sampling.all_greedy:
+        return argmax(logits)
+    generators = sampling.generators
+    seeded = {i: generators[row] for i, row in enumerate(requests.tolist()) if row in generators}
+    probs = probabilities(logits, divisors(sampling)[requests], scratch)
+    tokens = inverse_cdf(probs, uniforms(len(requests), seeded))
+    if not sampling.all_random:
+        assert sampling.temperature is not None
+        tokens = torch.where(sampling.temperature[requests] == 0, argmax(logits), tokens)
+    return tokens
 
 
 def rejection_sample(
@@ -286,6 +301,28 @@ def rejection_sample(
     return output
 
 
+def sampler_forward(
+    original: Callable[..., SamplerOutput],
+    self: Sampler,
+    logits: torch.Tensor,
+    sampling_metadata: SamplingMetadata,
+    *args: Any,
+    **kwargs: Any,
+) -> SamplerOutput:
+    """vLLM's `Sampler.forward`: one token for each of B requests, from logits [B, V]."""
+    scratch: Scratch | None = getattr(self.topk_topp_sampler, "selfspec_scratch", None)
+    if (
+        scratch is None
+        or not own_kernels()
+        or sampling_metadata.max_num_logprobs is not None
+        or sampling_metadata.logprob_token_ids
+        or not only_temperature(sampling_metadata)
+    ):
+        return original(self, logits, sampling_metadata, *args, **kwargs)
+    tokens = draw(logits, torch.arange(logits.shape[0]), sampling_metadata, scratch)
+    return SamplerOutput(sampled_token_ids=tokens.int()[:, None], logprobs_tensors=None)
+
+
 def sample(
     original: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
     self: TopKTopPSampler,
@@ -304,7 +341,7 @@ def sample(
     Returns:
         [B] int64 tokens; and None.
     """
-    of_selfspec = getattr(self, "selfspec", False)  # another engine in this process samples as vLLM does
+    of_selfspec = hasattr(self, "selfspec_scratch")  # another engine in this process samples as vLLM does
     if not of_selfspec or self.logprobs_mode in PROCESSED_LOGPROBS_MODES:
         return original(self, logits, generators, k, p)
     probs = apply_top_k_top_p(logits, k, p).softmax(dim=-1, dtype=torch.float32)

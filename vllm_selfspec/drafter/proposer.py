@@ -44,7 +44,7 @@ def runner_init(original: Callable[..., None], self: Any, vllm_config: VllmConfi
     with patch("vllm.v1.worker.gpu_model_runner.DraftModelProposer", SelfDraftProposer):
         original(self, vllm_config, *args, **kwargs)
     # Both are read by compat/cpu_sampling.py.
-    self.sampler.topk_topp_sampler.selfspec = True
+    self.sampler.topk_topp_sampler.selfspec_scratch = Scratch()
     self.rejection_sampler.selfspec_scratch = RejectionScratch()
 
 

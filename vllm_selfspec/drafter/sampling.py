@@ -68,11 +68,12 @@ def sample_drafts(
     return tokens
 
 
-def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """[B] int64: the first of the greatest of logits [B, V]."""
+def argmax(logits: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """[R] int64: the first of the greatest of logits [B, V], of `rows` [R] or of all."""
     if logits.device.type == "cpu" and own_kernels():
-        return torch.ops.selfspec_cpu.argmax_rows(logits, torch.arange(logits.shape[0]))
-    return logits.argmax(dim=-1)
+        rows = torch.arange(logits.shape[0]) if rows is None else rows
+        return torch.ops.selfspec_cpu.argmax_rows(logits, rows)
+    return (logits if rows is None else logits[rows]).argmax(dim=-1)
 
 
 def softmax(logits: torch.Tensor, temperature: torch.Tensor, out: torch.Tensor) -> None:
