@@ -113,7 +113,14 @@ class SelfDraftProposer(DraftModelProposer):
     def load_model(self, target_model: nn.Module) -> None:
         """Build the view of the loaded target."""
         self.model, self._draft_attn_layer_names = build_view(
-            target_model, self.vllm_config, self._layers, self._weights, self._lm_head, self._tap, self._exit_head
+            target_model,
+            self.vllm_config,
+            self._layers,
+            self._weights,
+            self._lm_head,
+            self._tap,
+            self._exit_head,
+            begins_batches=True,
         )
         self._tap.watch(target_model)
         logger.info(

@@ -195,11 +195,13 @@ def build_view(
     lm_head: Precision,
     tap: WeightTap,
     exit_head: str | None = None,
+    begins_batches: bool = False,
 ) -> tuple[DraftModel, set[str]]:
     """The drafter's model and the names of the attention layers it shares with the target.
 
     Args:
         exit_head: path of a trained head between the last of the layers and the final norm.
+        begins_batches: the caller runs the model inside `attentions.batch`, where the model comes to have `attentions`.
 
     Raises:
         ConfigError: if this model class cannot be viewed.
@@ -223,7 +225,7 @@ def build_view(
         raise ConfigError("drafter.lm_head cannot be quantized a second time on this checkpoint: set it to 'native'.")
 
     shared = [m for layer in chosen for m in layer.modules() if isinstance(m, AttentionLayerBase)]
-    attentions = cpu_attention.DraftAttentions() if cpu_attention.usable_for(shared) else None
+    attentions = cpu_attention.DraftAttentions() if begins_batches and cpu_attention.usable_for(shared) else None
 
     def backbone(few_rows: bool) -> nn.Module:
         def replace(module: nn.Module) -> nn.Module:
