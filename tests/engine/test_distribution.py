@@ -222,7 +222,7 @@ def test_distribution_under_a_grammar(checkpoint: str, target: PreTrainedModel, 
 def test_logprobs_are_the_targets(drafting: LLM, target: PreTrainedModel) -> None:
     """Logprobs of accepted, corrected and bonus tokens alike."""
     seen = watch(drafting, random_lengths(4, 5))
-    params = SamplingParams(n=30, temperature=1.0, max_tokens=20, seed=0, logprobs=3)
+    params = SamplingParams(n=60, temperature=1.0, max_tokens=20, seed=0, logprobs=3)
     (output,) = drafting.generate([{"prompt_token_ids": list(PROMPT)}], params, use_tqdm=False)
     for answer in output.outputs:
         tokens = [*PROMPT, *answer.token_ids]
@@ -235,7 +235,7 @@ def test_logprobs_are_the_targets(drafting: LLM, target: PreTrainedModel) -> Non
             assert set(row.topk(3).indices.tolist()) <= logprobs.keys()
             for token, logprob in logprobs.items():
                 assert logprob.logprob == pytest.approx(float(row[token]), abs=1e-4)
-    assert min(seen.accepted, seen.drafted - seen.accepted) > 25  # of either kind enough to judge by
+    assert 0.1 < seen.acceptance < 0.9
 
 
 def test_chi_square_tells_the_drafter_from_the_target(target: PreTrainedModel, checkpoint: str) -> None:

@@ -37,7 +37,16 @@ from vllm.v1.sample.sampler import Sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_selfspec.drafter.cpu_kernels import own_kernels
-from vllm_selfspec.drafter.sampling import Scratch, argmax, inverse_cdf, softmax, uniforms
+from vllm_selfspec.drafter.sampling import (
+    Scratch,
+    argmax,
+    divisors,
+    draw,
+    inverse_cdf,
+    seeds_of,
+    softmax,
+    uniforms,
+)
 
 PLACEHOLDER = -1
 """What vLLM puts behind a request's last token."""
@@ -189,7 +198,9 @@ class Logits(Target):
         self._logits, self._sampling, self._scratch = logits, sampling, scratch
         self._rows, self._bonus_rows = metadata.target_logits_indices.long(), metadata.bonus_logits_indices.long()
         if not sampling.all_greedy:
-            self._temperature = divisors(sampling).repeat_interleave(torch.tensor(metadata.num_draft_tokens))
+            assert sampling.temperature is not None
+            lengths = torch.tensor(metadata.num_draft_tokens)
+            self._temperature = divisors(sampling.temperature).repeat_interleave(lengths)
 
     def best(self) -> torch.Tensor:
         return argmax(self._logits, self._rows)
@@ -198,37 +209,24 @@ class Logits(Target):
         return torch.ops.selfspec_cpu.token_probs(self._logits, self._rows, drafts, self._temperature)
 
     def probs(self, rows: torch.Tensor) -> torch.Tensor:
-        return probabilities(self._logits[self._rows[rows]], self._temperature[rows], self._scratch)
+        out = self._scratch.take((len(rows), self._logits.shape[1]), torch.float32)
+        softmax(self._logits[self._rows[rows]], self._temperature[rows], out)
+        return out
 
     def bonus(self, requests: torch.Tensor) -> torch.Tensor:
-        return draw(self._logits[self._bonus_rows[requests]], requests, self._sampling, self._scratch)
+        return sample_requests(self._logits[self._bonus_rows[requests]], requests, self._sampling, self._scratch)
 
 
-def divisors(sampling: SamplingMetadata) -> torch.Tensor:
-    """[B] temperatures; 1 for greedy requests, whose temperature does not matter."""
-    assert sampling.temperature is not None
-    return sampling.temperature.masked_fill(sampling.temperature == 0, 1.0)
-
-
-def probabilities(logits: torch.Tensor, temperature: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-    """[R, V] float32 of logits [R, V] at temperatures [R], in memory that lasts until its next use."""
-    out = scratch.take(tuple(logits.shape), torch.float32)
-    softmax(logits, temperature, out)
-    return out
-
-
-def draw(logits: torch.Tensor, requests: torch.Tensor, sampling: SamplingMetadata, scratch: Scratch) -> torch.Tensor:
+def sample_requests(
+    logits: torch.Tensor, requests: torch.Tensor, sampling: SamplingMetadata, scratch: Scratch
+) -> torch.Tensor:
     """[R] int64 tokens of `requests` [R] out of B, from what their logits [R, V] are at their temperatures."""
     if sampling.all_greedy:
         return argmax(logits)
-    generators = sampling.generators
-    seeded = {i: generators[row] for i, row in enumerate(requests.tolist()) if row in generators}
-    probs = probabilities(logits, divisors(sampling)[requests], scratch)
-    tokens = inverse_cdf(probs, uniforms(len(requests), seeded))
-    if not sampling.all_random:
-        assert sampling.temperature is not None
-        tokens = torch.where(sampling.temperature[requests] == 0, argmax(logits), tokens)
-    return tokens
+    assert sampling.temperature is not None
+    probs = scratch.take(tuple(logits.shape), torch.float32)
+    seeded = seeds_of(requests, sampling.generators)
+    return draw(logits, sampling.temperature[requests], sampling.all_random, seeded, probs)
 
 
 def rejection_sample(
@@ -293,8 +291,7 @@ def rejection_sample(
             residual = (probs - draft_probs[rows]).clamp_(min=0)
             # p = q but for rounding leaves no residual: then p itself is right.
             residual = torch.where(residual.sum(dim=1, keepdim=True) > 0, residual, probs)
-            seeded = {i: generators[row] for i, row in enumerate(rejected.tolist()) if row in generators}
-            tokens = inverse_cdf(residual, uniforms(len(rejected), seeded))
+            tokens = inverse_cdf(residual, uniforms(len(rejected), seeds_of(rejected, generators)))
             if greedy is not None:
                 tokens = torch.where(greedy[rejected], best[rows], tokens)
         output[rejected, accepted[rejected]] = tokens.int()
@@ -319,7 +316,7 @@ def sampler_forward(
         or not only_temperature(sampling_metadata)
     ):
         return original(self, logits, sampling_metadata, *args, **kwargs)
-    tokens = draw(logits, torch.arange(logits.shape[0]), sampling_metadata, scratch)
+    tokens = sample_requests(logits, torch.arange(logits.shape[0]), sampling_metadata, scratch)
     return SamplerOutput(sampled_token_ids=tokens.int()[:, None], logprobs_tensors=None)
 
 

@@ -55,17 +55,42 @@ def sample_drafts(
     """
     if probs is None:
         return argmax(logits)
-    temperature = metadata.temperature
-    assert temperature is not None
-    greedy = None
-    if not metadata.all_random:
-        greedy = temperature < _SAMPLING_EPS
-        temperature = torch.where(greedy, 1.0, temperature)
-    softmax(logits, temperature, probs)
+    assert metadata.temperature is not None
+    return draw(logits, metadata.temperature, metadata.all_random, generators, probs)
+
+
+def draw(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    all_random: bool,
+    generators: dict[int, torch.Generator],
+    probs: torch.Tensor,
+) -> torch.Tensor:
+    """Sample one token per row.
+
+    Args:
+        logits: [B, V].
+        temperature: [B], 0 for greedy rows.
+        all_random: no row is greedy.
+        generators: of the rows that have seeds; each gives one number.
+        probs: [B, V] float32, which becomes what the tokens of the other rows are drawn from.
+
+    Returns:
+        [B] int64 tokens.
+    """
+    softmax(logits, temperature if all_random else divisors(temperature), probs)
     tokens = inverse_cdf(probs, uniforms(probs.shape[0], generators, probs.device))
-    if greedy is not None:
-        tokens = torch.where(greedy, argmax(logits), tokens)
-    return tokens
+    return tokens if all_random else torch.where(temperature < _SAMPLING_EPS, argmax(logits), tokens)
+
+
+def divisors(temperature: torch.Tensor) -> torch.Tensor:
+    """Temperatures with 1 for greedy requests, whose own is no divisor."""
+    return torch.where(temperature < _SAMPLING_EPS, 1.0, temperature)
+
+
+def seeds_of(requests: torch.Tensor, generators: dict[int, torch.Generator]) -> dict[int, torch.Generator]:
+    """The generators of those of `requests` [R] that have one, by their place in it."""
+    return {i: generators[row] for i, row in enumerate(requests.tolist()) if row in generators}
 
 
 def argmax(logits: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:

@@ -18,10 +18,6 @@ namespace {
 
 constexpr int64_t kTokens = 512;
 
-inline float load1(const float* p) { return *p; }
-template <typename T>
-float load1(const T* p) { return static_cast<float>(*p); }
-
 // e^x for x <= 0: a power of two times a Taylor series around zero, which is exact to float32 on ±ln(2)/2. 0 below -87.
 inline __m256 exp8(__m256 x) {
   const __m256 power = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
@@ -50,7 +46,7 @@ float greatest(const T* values, int64_t count) {
   __m256 most8 = _mm256_set1_ps(most);
   for (; i + 8 <= count; i += 8) most8 = _mm256_max_ps(most8, load8(values + i));
   most = max8(most8);
-  for (; i < count; ++i) most = std::max(most, load1(values + i));
+  for (; i < count; ++i) most = std::max(most, static_cast<float>(values[i]));
   return most;
 }
 
@@ -79,7 +75,7 @@ double exponentials(const T* logits, int64_t count, float most, float inverse, f
   }
   double sum = ::sum8(sum8);
   for (; i < count; ++i) {
-    const float e = exp1((load1(logits + i) - most) * inverse);
+    const float e = exp1((static_cast<float>(logits[i]) - most) * inverse);
     sum += e;
     if (out != nullptr) out[i] = e;
   }
@@ -168,7 +164,7 @@ at::Tensor token_probs(const at::Tensor& logits, const at::Tensor& rows, const a
       const T* from = source.const_data_ptr<T>() + row[i] * source.stride(0);
       const float inverse = 1.0f / temperature.const_data_ptr<float>()[i];
       const auto [most, sum] = measure(from, vocabulary, inverse, alone, nullptr);
-      const float e = exp1((load1(from + token[i]) - most) * inverse);
+      const float e = exp1((static_cast<float>(from[token[i]]) - most) * inverse);
       result.mutable_data_ptr<float>()[i] = e * static_cast<float>(1.0 / sum);
     });
   });
@@ -191,7 +187,7 @@ at::Tensor argmax_rows(const at::Tensor& logits, const at::Tensor& rows) {
       });
       const auto best = std::max_element(greatests.begin(), greatests.end());  // the first one
       int64_t found = (best - greatests.begin()) * kTokens;
-      while (found + 1 < tokens && load1(from + found) != *best) ++found;
+      while (found + 1 < tokens && static_cast<float>(from[found]) != *best) ++found;
       result.mutable_data_ptr<int64_t>()[i] = found;
     });
   });
