@@ -50,14 +50,14 @@ def core_init(original: Callable[..., None], self: Any, *args: Any, **kwargs: An
     original(self, *args, **kwargs)
     settings = getattr(self.vllm_config.speculative_config, "selfspec", None)
     if isinstance(settings, SelfSpecConfig) and settings.control.mode == "adaptive":
-        model = cost_model(self, settings)
+        light_view = all(self.model_executor.collective_rpc("selfspec_light_view"))
+        model = cost_model(self, settings, light_view)
         if model is None:
             logger.warning("selfspec could not time this engine (max_model_len too short?); it learns as it runs.")
-        else:
-            self.scheduler.use_cost_model(model)
+        self.scheduler.start_controller(model, light_view)
 
 
-def cost_model(core: Any, settings: SelfSpecConfig) -> CostModel | None:
+def cost_model(core: Any, settings: SelfSpecConfig, light_view: bool) -> CostModel | None:
     """The cost model of this engine: the profile that was named, a cached one, or one measured now.
 
     None where requests of this engine are too short to be timed.
@@ -77,7 +77,7 @@ def cost_model(core: Any, settings: SelfSpecConfig) -> CostModel | None:
     if path.exists():
         logger.info("selfspec uses the cached profile %s.", path)
         return CostModel.from_profile(path)
-    model = measure(core, settings, identity)
+    model = measure(core, settings, identity, light_view)
     if model is None:
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,9 @@ def cache_path(identity: ProfileIdentity) -> Path:
     return cache_dir() / "profiles" / f"{key}.json"
 
 
-def measure(core: Any, settings: SelfSpecConfig, identity: ProfileIdentity) -> CostModel | None:
+def measure(
+    core: Any, settings: SelfSpecConfig, identity: ProfileIdentity, light_view: bool = False
+) -> CostModel | None:
     """Time the engine for batch sizes 1, 2, 4, … and a few draft lengths, in rounds, as long as the budget lasts.
 
     Rounds, because a machine that others use is slow for a while: each batch size is measured at several moments. Every
@@ -134,7 +136,7 @@ def measure(core: Any, settings: SelfSpecConfig, identity: ProfileIdentity) -> C
             guess = 2.2 * took.get((batch // 2, far), 0.0) or 1.5 * took.get((batch, False), 0.0)
             if began - start + took.get((batch, far), guess) > budget:
                 break
-            made = run_batch(core, batch, lengths, far)
+            made = run_batch(core, batch, lengths, far, light_view)
             if not made:
                 break
             runs[batch, far].append(made)
@@ -161,16 +163,21 @@ def measure(core: Any, settings: SelfSpecConfig, identity: ProfileIdentity) -> C
     return CostModel.fit(points, meta=meta)
 
 
-def run_batch(core: Any, batch: int, lengths: Sequence[int], far: bool = False) -> list[StepObservation]:
+def run_batch(
+    core: Any, batch: int, lengths: Sequence[int], far: bool = False, light_view: bool = False
+) -> list[StepObservation]:
     """The steps of one batch size, in order; leaves the engine without requests.
 
     Args:
         far: with as much context as this batch may have, up to `LONG_CONTEXT` tokens each. No steps where that is
             hardly more than without.
+        light_view: time drafts of the light view, too.
     """
-    # A plain step, one that drafts, one that only verifies what was drafted.
-    plan = [dictated for length in lengths for dictated in (0, length, 0)] * REPETITIONS
-    needed = 2 + sum(length + 1 for length in plan)
+    # A plain step, one that drafts, one that only verifies what was drafted. What verifying takes does not depend on
+    # the view, so one length of the light one is enough.
+    cycles = [(length, False) for length in lengths] + [(lengths[len(lengths) // 2], True)] * light_view
+    plan = [dictated for cycle in cycles for dictated in ((0, False), cycle, (0, False))] * REPETITIONS
+    needed = 2 + sum(length + 1 for length, _ in plan)
     room = core.vllm_config.model_config.max_model_len
     prompt = min(SHORT_CONTEXT, max(1, room // 4))
     if far:
@@ -180,8 +187,8 @@ def run_batch(core: Any, batch: int, lengths: Sequence[int], far: bool = False) 
         if prompt < 4 * short:
             return []
     with synthetic_requests(core, batch, prompt, min(needed, room - prompt), computed=far) as (step, observations):
-        for length in [0, *plan]:
-            step(length)
+        for length, light in [(0, False), *plan]:
+            step(length, light if light_view else None)
     core.reset_prefix_cache()
     return observations
 
@@ -189,7 +196,7 @@ def run_batch(core: Any, batch: int, lengths: Sequence[int], far: bool = False) 
 @contextmanager
 def synthetic_requests(
     core: Any, batch: int, prompt_tokens: int, max_tokens: int, *, computed: bool = False
-) -> Iterator[tuple[Callable[[int], None], list[StepObservation]]]:
+) -> Iterator[tuple[Callable[..., None], list[StepObservation]]]:
     """Requests of random tokens at temperature 1, whose draft lengths the caller dictates; aborted at the end.
 
     Args:
@@ -197,8 +204,8 @@ def synthetic_requests(
             time does not depend on it. The caller resets the prefix cache.
 
     Yields:
-        a function that runs one step of the engine, which drafts as many tokens as it is told, and the list to which
-        every step is appended.
+        a function that runs one step of the engine, which drafts as many tokens as it is told with the view that it is
+        told (`light`, by default None), and the list to which every step is appended.
     """
     vocabulary = core.vllm_config.model_config.get_vocab_size()
     dice = random.Random(batch)
@@ -222,8 +229,8 @@ def synthetic_requests(
     observations: list[StepObservation] = []
     with core.scheduler.dictated(observations) as dictate:
 
-        def step(num_draft_tokens: int) -> None:
-            dictate(num_draft_tokens)
+        def step(num_draft_tokens: int, light: bool | None = None) -> None:
+            dictate(num_draft_tokens, light)
             core.post_step(core.step_fn()[1])
 
         yield step, observations
@@ -258,7 +265,7 @@ def points_of(runs: Sequence[Sequence[StepObservation]], batch: int) -> list[Poi
                 last_plain = last_plain if verified else step.seconds
             elif verified == 0 and last_plain is not None:
                 # Against the plain step right before it: what slows the machine for a while slows both.
-                seconds["draft", drafted].append((step.seconds - last_plain) / drafted)
+                seconds["light" if step.light else "draft", drafted].append((step.seconds - last_plain) / drafted)
     if ("target", 0) not in seconds:
         return []
     seq = max(1, round(statistics.fmean(contexts)))

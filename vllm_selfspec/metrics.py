@@ -29,6 +29,7 @@ class StepStats:
         predicted_speedup: predicted token rate relative to plain decoding.
         achieved_speedup: tokens emitted over the step's duration, relative to the predicted rate of plain decoding;
             None where the duration says nothing (first step after idling, prefill in the step).
+        light: the light view drafted.
     """
 
     num_draft_tokens: int
@@ -36,6 +37,7 @@ class StepStats:
     num_decode: int
     predicted_speedup: float
     achieved_speedup: float | None
+    light: bool
 
     def as_list(self) -> list[Any]:
         """The fields in order, as they travel between processes."""
@@ -59,6 +61,9 @@ class Metrics:
         speedups = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
         self.steps = Counter(
             PREFIX + "steps", "Engine steps by draft length and reason.", [*labels, "num_draft_tokens", "reason"]
+        )
+        self.light_steps = Counter(
+            PREFIX + "light_steps", "Engine steps in which the drafter's light view drafted.", labels
         )
         self.acceptance_alarms = Counter(
             PREFIX + "acceptance_alarms", "Collapses of acceptance, as after an update the drafter missed.", labels
@@ -98,6 +103,7 @@ class Metrics:
             self.refresh_seconds.labels(**labels).observe(refresh_seconds)
         for step in steps:
             self.steps.labels(**labels, num_draft_tokens=str(step.num_draft_tokens), reason=step.reason).inc()
+            self.light_steps.labels(**labels).inc(step.light)
             self.draft_length.labels(**labels).observe(step.num_draft_tokens)
             self.predicted_speedup.labels(**labels).observe(step.predicted_speedup)
             if step.achieved_speedup is not None:

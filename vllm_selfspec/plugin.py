@@ -126,6 +126,12 @@ IN_WORKERS = (
         "vllm_selfspec.drafter.proposer:runner_init",
     ),
     Seam(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids",
+        "the drafter drafts with the view that the scheduler has chosen",
+        ("self", "scheduler_output"),
+        "vllm_selfspec.drafter.proposer:propose_draft_token_ids",
+    ),
+    Seam(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_spec_decode_draft_probs",
         "the probabilities of all drafts are not copied where they lie in order",
         ("self", "spec_decode_metadata"),
@@ -247,7 +253,10 @@ IN_V2_WORKERS = (
     ),
 )
 
-WORKER_METHODS = {"selfspec_refresh": "vllm_selfspec.drafter.refresh:selfspec_refresh"}
+WORKER_METHODS = {
+    "selfspec_refresh": "vllm_selfspec.drafter.refresh:selfspec_refresh",
+    "selfspec_light_view": "vllm_selfspec.drafter.proposer:selfspec_light_view",
+}
 """Methods added to vLLM's worker, for `collective_rpc`."""
 
 

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.config import ParallelConfig, VllmConfig
@@ -57,6 +57,8 @@ class InFlightStep:
     output: SchedulerOutput
     decision: Decision
     num_verified: int
+    verified_light: bool
+    """The drafts that it verifies came from the light view: that of the step before, in all but rare cases."""
 
 
 class SelfSpecScheduling(Scheduler):
@@ -75,25 +77,31 @@ class SelfSpecScheduling(Scheduler):
         self._busy_since: float | None = None
         self._caps: dict[str, int] = {}
         self._step_stats: list[StepStats] = []
-        self._dictated: int | None = None
+        self._light_drafts = False
+        self._dictated: tuple[int, bool | None] | None = None
         self._observations: list[StepObservation] | None = None
         # A per-batch-size table of vLLM's own tells it that draft lengths vary, so that it does not pad new requests
         # to the longest; the value that it looks up is replaced in _update_after_schedule.
         self.dynamic_sd_lookup = [self.num_spec_tokens] * (self.scheduler_config.max_num_seqs + 1)
 
-    def use_cost_model(self, model: CostModel) -> None:
-        """Start the controller from measured times."""
-        self._controller = Controller(self._controller.settings, model, max_batch=self.scheduler_config.max_num_seqs)
+    def start_controller(self, model: CostModel | None, light_view: bool) -> None:
+        """Start the controller from measured times, if there are any.
+
+        Args:
+            light_view: the drafter has a light view to choose.
+        """
+        settings = replace(self._controller.settings, light_view=light_view)
+        self._controller = Controller(settings, model, max_batch=self.scheduler_config.max_num_seqs)
 
     @contextmanager
-    def dictated(self, observations: list[StepObservation]) -> Iterator[Callable[[int], None]]:
-        """For calibration: yields a function that sets the draft length of the steps to come.
+    def dictated(self, observations: list[StepObservation]) -> Iterator[Callable[[int, bool | None], None]]:
+        """For calibration: yields a function that sets the draft length of the steps to come, and the view.
 
         Every step is appended to `observations`; the controller and the metrics see none of them.
         """
 
-        def dictate(num_draft_tokens: int) -> None:
-            self._dictated = num_draft_tokens
+        def dictate(num_draft_tokens: int, light: bool | None = None) -> None:
+            self._dictated = num_draft_tokens, light
 
         self._observations = observations
         try:
@@ -117,10 +125,13 @@ class SelfSpecScheduling(Scheduler):
             if self._dictated is None:
                 decision = self._controller.decide(state)
             else:
-                decision = Decision(self._dictated, Reason.FIXED, state)
+                decision = Decision(self._dictated[0], Reason.FIXED, state, light=self._dictated[1])
             scheduler_output.num_spec_tokens_to_schedule = decision.num_draft_tokens
+            scheduler_output.selfspec_light = decision.light
             verified = sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
-            self._in_flight.append(InFlightStep(scheduler_output, decision, verified))
+            self._in_flight.append(InFlightStep(scheduler_output, decision, verified, self._light_drafts))
+            if decision.num_draft_tokens:
+                self._light_drafts = bool(decision.light)
             if self._busy_since is None:
                 self._busy_since = time.perf_counter()
         super()._update_after_schedule(scheduler_output)
@@ -191,6 +202,7 @@ class SelfSpecScheduling(Scheduler):
                 num_drafted=decision.num_draft_tokens,
                 prefill_tokens=state.prefill_tokens,
                 probe=decision.reason is Reason.PROBE,
+                light=bool(decision.light),
             )
         if self._observations is not None:
             if observation is not None:
@@ -202,7 +214,7 @@ class SelfSpecScheduling(Scheduler):
             row = rows.get(request_id)
             if row is not None and sampled[row]:
                 accepted = len(sampled[row]) - 1
-                self._controller.observe_acceptance(len(drafts), accepted, request_id)
+                self._controller.observe_acceptance(len(drafts), accepted, request_id, step.verified_light)
                 if self._alarm.observe(len(drafts), accepted):
                     logger.warning(
                         "selfspec: acceptance collapsed. If the weights were changed past vLLM, "
@@ -222,6 +234,7 @@ class SelfSpecScheduling(Scheduler):
                     num_decode=state.num_decode,
                     predicted_speedup=decision.predicted_speedup,
                     achieved_speedup=speedup,
+                    light=bool(decision.light) and decision.num_draft_tokens > 0,
                 )
             )
 

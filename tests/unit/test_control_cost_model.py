@@ -250,6 +250,20 @@ def test_row_counts_that_say_nothing_of_tiles_assume_none() -> None:
         assert [one["tile"] for one in part["tiles"]] == [1]
 
 
+def test_a_light_view_has_times_of_its_own_and_keeps_them_in_the_profile() -> None:
+    points = _cpu_points()
+    alone = CostModel.fit(points)
+    assert not alone.has_light_view
+    assert alone.step_times(4, 64, 3).light == alone.step_times(4, 64, 3).draft
+    lights = [replace(p, component="light", seconds=0.6 * p.seconds) for p in points if p.component == "draft"]
+    model = CostModel.fit([*points, *lights])
+    for again in (model, CostModel.from_dict(json.loads(json.dumps(model.to_dict())))):
+        assert again.has_light_view
+        assert again.light_time(4, 64) == pytest.approx(0.6 * again.draft_time(4, 64), rel=0.02)
+        assert again.step_times(4, 64, 3).of_draft(True) == again.light_time(4, 64)
+        assert again.step_times(4, 64, 3).of_draft(False) == again.draft_time(4, 64)
+
+
 def test_longer_contexts_than_measured_cost_no_less(a100: CostModel) -> None:
     for batch in (1, 16, 64, 256):
         for time in (a100.target_time, a100.draft_time, lambda b, s: a100.verify_time(b, s, 7)):

@@ -1,15 +1,17 @@
 """Acceptance, decisions, online correction and the controller's behaviour on simulated machines."""
 
+import itertools
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_selfspec.control.acceptance import AcceptanceEstimator
+from vllm_selfspec.control.acceptance import AcceptanceEstimator, RejectionRatio
 from vllm_selfspec.control.correction import OnlineCorrection
 from vllm_selfspec.control.cost_model import CostModel, Point, StepTimes
 from vllm_selfspec.control.policy import (
@@ -96,14 +98,65 @@ def test_wrong_counts_are_refused() -> None:
         AcceptanceEstimator(4, prior_mean=1.0)
 
 
+def _accepted(rng: random.Random, rate: float, drafted: int) -> int:
+    accepted = 0
+    while accepted < drafted and rng.random() < rate:
+        accepted += 1
+    return accepted
+
+
+def test_drafts_of_the_light_view_tell_the_acceptance_of_the_main_one() -> None:
+    rng = random.Random(0)
+    estimator = AcceptanceEstimator(4, window=5000, per_request=True)
+    for _ in range(10_000):
+        estimator.observe(4, _accepted(rng, 0.8, 4), "one", rejection_ratio=2.0)
+    assert estimator.rates() == pytest.approx([0.9] * 4, abs=0.02)
+    assert estimator.expected_tokens_at(2.0) == pytest.approx(
+        [1 + sum(0.8**k for k in range(1, g + 1)) for g in range(5)], abs=0.05
+    )
+    assert estimator.expected_tokens_of(["one"], 2.0)[1] == pytest.approx(1.8, abs=0.06)
+    assert estimator.expected_tokens_at(1.0) == estimator.expected_tokens_table()
+
+
+@pytest.mark.parametrize("light_in_use", [False, True])
+@pytest.mark.parametrize(("rejection", "ratio"), [(0.05, 2.2), (0.2, 1.3), (0.02, 3.0)])
+def test_the_rejection_ratio_is_found_while_the_texts_change(
+    light_in_use: bool, rejection: float, ratio: float
+) -> None:
+    """The other view drafts in two of sixteen steps, and how hard the texts are wanders by a factor of four."""
+    misses = []
+    for seed in range(12):
+        rng, level, estimate = random.Random(seed), 0.0, RejectionRatio()
+        estimate.use(light_in_use)
+        for step in range(1500):
+            level = 0.995 * level + 0.05 * rng.gauss(0.0, 1.0)
+            light = (step % 16 < 2) != light_in_use
+            rate = 1.0 - min(0.9, rejection * math.exp(level) * (ratio if light else 1.0))
+            accepted = _accepted(rng, rate, 5)
+            estimate.observe(light, min(accepted + 1, 5), accepted < 5)
+        misses.append(math.log(estimate.ratio / ratio) / estimate.doubt)
+    assert abs(sum(misses)) / len(misses) < 0.8
+    assert 0.3 < math.sqrt(sum(miss * miss for miss in misses) / len(misses)) < 1.7
+
+
+def test_the_rejection_ratio_outlives_a_change_of_the_view_in_use() -> None:
+    rng, estimate = random.Random(0), RejectionRatio()
+    for step in range(3000):
+        estimate.use(step >= 1500)
+        light = (step % 16 < 2) != estimate.light_in_use
+        accepted = _accepted(rng, 0.8 if light else 0.9, 5)
+        estimate.observe(light, min(accepted + 1, 5), accepted < 5)
+    assert estimate.ratio == pytest.approx(2.0, rel=0.25)
+
+
 # ---------------------------------------------------------------- decisions
 
 
 class FixedTimes:
     """Times that do not depend on the operating point."""
 
-    def __init__(self, verify: list[float], draft: float, per_row: float = 1e-5) -> None:
-        self.times = StepTimes(tuple(verify), draft, per_row)
+    def __init__(self, verify: list[float], draft: float, per_row: float = 1e-5, light: float | None = None) -> None:
+        self.times = StepTimes(tuple(verify), draft, per_row, draft if light is None else light)
 
     def step_times(self, batch: float, seq: float, max_draft_tokens: int) -> StepTimes:
         return self.times
@@ -122,6 +175,52 @@ def test_the_best_rate_wins_and_is_explained() -> None:
     assert decision.tokens == pytest.approx([2 * tau for tau in TAU])
     assert decision.predicted_speedup == pytest.approx(4.0 * 0.010 / 0.018)
     assert decide(StepState(num_decode=2), DEAR, TAU, FOUR).num_draft_tokens == 0
+
+
+LIGHTER = FixedTimes([0.010] * 5, 0.004, light=0.002)
+LIGHT_TAU = [1.0, 1.8, 2.5, 3.1, 3.6]
+
+
+def test_the_view_with_the_better_rate_drafts() -> None:
+    state = StepState(num_decode=2)
+    light = decide(state, LIGHTER, TAU, FOUR, light_tokens=LIGHT_TAU)
+    assert (light.num_draft_tokens, light.light, light.reason) == (4, True, Reason.BEST)
+    assert light.times == pytest.approx([0.010, 0.012, 0.014, 0.016, 0.018])
+    assert light.tokens == pytest.approx([2 * tau for tau in LIGHT_TAU])
+    main = decide(state, LIGHTER, TAU, FOUR, light_tokens=[1.0, 1.5, 1.7, 1.8, 1.85])
+    assert (main.num_draft_tokens, main.light) == (3, False)
+    assert main.times == pytest.approx([0.010, 0.014, 0.018, 0.022, 0.026])
+    assert decide(state, LIGHTER, TAU, FOUR).light is False  # there is no light view
+    assert decide(state, LIGHTER, TAU, ControlSettings(max_draft_tokens=4, mode="fixed")).light is None
+
+
+def test_a_view_is_kept_within_a_quarter_of_the_margin() -> None:
+    times = FixedTimes([0.010, 0.010], 0.002, light=0.00195)
+    state, tau, one = StepState(num_decode=1), [1.0, 1.9], ControlSettings(max_draft_tokens=1, margin=0.04)
+    for light in (False, True):
+        in_use = Memory(num_draft_tokens=1, light=light)
+        assert decide(state, times, tau, one, in_use, light_tokens=tau).light == light
+    narrow = ControlSettings(max_draft_tokens=1, margin=0.01)
+    assert decide(state, times, tau, narrow, Memory(num_draft_tokens=1), light_tokens=tau).light is True
+
+
+def test_the_other_view_is_tried_where_it_may_be_better_and_after_a_while_anyway() -> None:
+    state = StepState(num_decode=1)
+    in_use = Memory(num_draft_tokens=4, light=True, probe_credit=1.0)
+
+    def choice(memory: Memory, hopes: list[float] | None) -> tuple[int, bool | None, bool]:
+        made = decide(state, LIGHTER, TAU, FOUR, memory, None, LIGHT_TAU, hopes)
+        return made.num_draft_tokens, made.light, made.reason is Reason.PROBE
+
+    assert choice(in_use, None) == (4, True, False)
+    assert choice(in_use, [1.0] * 5) == (4, True, False)
+    assert choice(in_use, [1.4] * 5) == (3, False, True)
+    poor = Memory(num_draft_tokens=4, light=True)
+    assert choice(poor, [1.4] * 5) == (4, True, False)
+    due = Memory(num_draft_tokens=4, light=True, probe_credit=1.0, steps_since_other=4 * FOUR.probe_interval)
+    assert choice(due, None) == (3, False, True)
+    going_on = Memory(num_draft_tokens=4, light=True, probe_draft_tokens=2, probe_light=False, probe_steps_left=1)
+    assert choice(going_on, None) == (2, False, True)
 
 
 def test_three_rejected_steps_do_not_end_drafting() -> None:
@@ -189,11 +288,16 @@ def test_nothing_is_drafted_that_nobody_can_use() -> None:
         steps_since_plain=st.integers(0, 1000),
         steps_since_probe=st.integers(0, 1000),
         probe_credit=st.floats(-1.0, 1.0),
+        light=st.booleans(),
+        steps_since_other=st.integers(0, 3000),
         probe_draft_tokens=st.integers(0, 4),
+        probe_light=st.booleans(),
         probe_steps_left=st.integers(0, 2),
     ),
     mode=st.sampled_from(["adaptive", "fixed", "off"]),
     doubts=st.none() | st.lists(st.floats(0.0, 2.0), min_size=5, max_size=5),
+    light=st.none() | st.floats(1e-5, 1.0),
+    hopes=st.none() | st.lists(st.floats(1.0, 3.0), min_size=5, max_size=5),
 )
 @settings(deadline=None, max_examples=300)
 def test_a_decision_never_leaves_its_bounds(
@@ -205,17 +309,22 @@ def test_a_decision_never_leaves_its_bounds(
     memory: Memory,
     mode: str,
     doubts: list[float] | None,
+    light: float | None,
+    hopes: list[float] | None,
 ) -> None:
     caps = caps[:num_decode]
+    memory = memory if light is not None else replace(memory, light=False, probe_light=False)
     state = StepState(num_decode=num_decode, pending_prefill_tokens=prefill, draft_caps=tuple(caps))
-    decision = decide(
-        state, FixedTimes(verify, draft), TAU, ControlSettings(max_draft_tokens=4, mode=mode), memory, doubts
-    )
+    times, settings_ = FixedTimes(verify, draft, light=light), ControlSettings(max_draft_tokens=4, mode=mode)
+    light_tokens = None if light is None else LIGHT_TAU
+    decision = decide(state, times, TAU, settings_, memory, doubts, light_tokens, hopes)
+    table = LIGHT_TAU if decision.light else TAU
+    assert not (decision.light and light is None)
     chosen = decision.num_draft_tokens
     assert 0 <= chosen <= 4
     free = num_decode - len(caps)
     for gamma, tokens in enumerate(decision.tokens):
-        assert tokens == pytest.approx(free * TAU[gamma] + sum(TAU[min(cap, gamma)] for cap in caps))
+        assert tokens == pytest.approx(free * table[gamma] + sum(table[min(cap, gamma)] for cap in caps))
     if mode == "off" or num_decode == 0:
         assert chosen == 0
     if caps and len(caps) == num_decode:
@@ -247,10 +356,12 @@ def test_impossible_settings_are_refused(bad: dict[str, object]) -> None:
 # ---------------------------------------------------------------- online correction
 
 
-def _model(target: float, per_row: float, draft: float) -> CostModel:
+def _model(target: float, per_row: float, draft: float, light: float | None = None) -> CostModel:
     points = []
     for batch in (1, 4, 16, 64):
         points.append(Point("draft", batch, 512, 0, draft + 0.3 * per_row * batch))
+        if light is not None:
+            points.append(Point("light", batch, 512, 0, light + 0.3 * per_row * batch))
         for gamma in (0, 1, 3, 7):
             seconds = target + per_row * batch * (gamma + 1)
             points.append(Point("verify" if gamma else "target", batch, 512, gamma, seconds))
@@ -278,6 +389,19 @@ def test_draft_and_verification_are_told_apart() -> None:
     times = correction.step_times(4, 512, 7)
     assert times.draft == pytest.approx(draft, rel=0.1)
     assert times.verify[0] == pytest.approx(verify[0], rel=0.1)
+
+
+def test_the_draft_times_of_the_two_views_are_told_apart() -> None:
+    model = _model(0.010, 1e-4, 0.004, 0.003)
+    correction = OnlineCorrection(model, 7)
+    verify = model.step_times(4, 512, 7).verify
+    for step in range(400):
+        verified, drafted, light = ((0, 3, False), (3, 0, False), (0, 3, True), (3, 0, False))[step % 4]
+        seconds = verify[verified] + drafted * (0.008 if light else 0.005)
+        correction.observe(seconds, 4, 512, verified, drafted, light=light)
+    times = correction.step_times(4, 512, 7)
+    assert (times.draft, times.light) == pytest.approx((0.005, 0.008), rel=0.1)
+    assert correction.predict(4, 512, 0, 3, light=True) == pytest.approx(verify[0] + 0.024, rel=0.1)
 
 
 def test_an_outlier_is_ignored_and_a_change_is_followed() -> None:
@@ -317,15 +441,19 @@ def test_doubts_are_those_of_the_ratio_of_two_cycles() -> None:
     correction = OnlineCorrection(model, 4)
     rng = np.random.default_rng(0)
     for step in range(60):
-        correction.observe(0.02 * float(rng.lognormal(0.0, 0.05)), 4, 512, step % 3, step % 5)
+        seconds = 0.02 * float(rng.lognormal(0.0, 0.05))
+        correction.observe(seconds, 4, 512, step % 3, step % 5, light=step % 7 == 0)
     times = correction.step_times(4, 512, 4)
     start = correction._octave(4) * correction._width
     own = slice(start, start + correction._width)
     drawn = np.exp(1e-3 * rng.multivariate_normal(np.zeros(correction._width), correction._cov[own, own], size=20_000))
-    cycles = drawn[:, :-1] * times.verify + np.outer(drawn[:, -1], np.arange(5)) * times.draft
-    for current in range(5):
-        spread = 1e3 * np.log(cycles / cycles[:, [current]]).std(axis=0)
-        assert correction.doubts(4, 512, current) == pytest.approx(spread.tolist(), rel=0.03, abs=1e-9)
+    cycles = {
+        light: drawn[:, :5] * times.verify + np.outer(drawn[:, 5 + light], np.arange(5)) * times.of_draft(light)
+        for light in (False, True)
+    }
+    for current, own, light in itertools.product(range(5), (False, True), (False, True)):
+        spread = 1e3 * np.log(cycles[light] / cycles[own][:, [current]]).std(axis=0)
+        assert correction.doubts(4, 512, current, own, light) == pytest.approx(spread.tolist(), rel=0.03, abs=1e-7)
 
 
 def test_a_duration_must_be_positive() -> None:
@@ -343,6 +471,8 @@ class Machine:
         self.truth, self.acceptance, self.batch = truth, acceptance, batch
         self.rng = random.Random(seed)
         self.verified = 0
+        self.verified_light = False
+        self.light_rejections = 1.0  # how many times as often the light view is rejected
         self.seconds = 0.0
         self.tokens = 0
         self.hidden = 0.0  # seconds that every step takes in addition in which drafting begins
@@ -357,23 +487,24 @@ class Machine:
             decisions.append(decision)
             drafted = decision.num_draft_tokens
             times = self.truth.step_times(self.batch, 512, 7)
-            seconds = times.verify[self.verified] + drafted * times.draft
+            seconds = times.verify[self.verified] + drafted * times.of_draft(bool(decision.light))
             if self.rng.random() < self.jumps:
                 self.speed = self.slow if self.speed == 1.0 else 1.0
             seconds *= self.speed * math.exp(self.rng.gauss(0.0, 0.03))
             if drafted and not self.verified:
                 seconds += self.hidden
+            rate = 1.0 - (1.0 - self.acceptance) * (self.light_rejections if self.verified_light else 1.0)
             for _ in range(self.batch):
-                accepted = 0
-                while accepted < self.verified and self.rng.random() < self.acceptance:
-                    accepted += 1
+                accepted = _accepted(self.rng, rate, self.verified)
                 self.tokens += accepted + 1
                 if self.verified:
-                    controller.observe_acceptance(self.verified, accepted)
-            probe = decision.reason is Reason.PROBE
-            controller.observe_step(StepObservation(seconds, self.batch, 512, self.verified, drafted, probe=probe))
+                    controller.observe_acceptance(self.verified, accepted, light=self.verified_light)
+            probe, light = decision.reason is Reason.PROBE, bool(decision.light)
+            controller.observe_step(
+                StepObservation(seconds, self.batch, 512, self.verified, drafted, probe=probe, light=light)
+            )
             self.seconds += seconds
-            self.verified = drafted
+            self.verified, self.verified_light = drafted, light
         return decisions
 
 
@@ -471,6 +602,50 @@ def test_batch_changes_turn_drafting_off_and_on_again() -> None:
     assert _share_drafting(machine.run(controller, 100)) < 0.15
     machine.batch = 1
     assert _share_drafting(machine.run(controller, 100)) > 0.85
+
+
+TWO_VIEWS = ControlSettings(light_view=True)
+
+
+def _share_light(decisions: list[Decision]) -> float:
+    return sum(bool(d.light) for d in decisions) / len(decisions)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["true profile", "no profile"])
+@pytest.mark.parametrize(("rejections", "light"), [(1.2, True), (4.0, False)])
+def test_the_better_view_is_found(rejections: float, light: bool, known: bool) -> None:
+    """The light view drafts in two thirds of the time; whether that pays depends on how often it is rejected."""
+    truth = _model(0.010, 2e-5, 0.006, 0.004)
+    controller = Controller(TWO_VIEWS, truth if known else None)
+    machine = Machine(truth, 0.92, 2)
+    machine.light_rejections = rejections
+    machine.run(controller, 600)
+    share = _share_light(machine.run(controller, 400))
+    assert share > 0.85 if light else share < 0.15
+
+
+def test_a_view_that_becomes_the_better_one_is_found_out() -> None:
+    """As where an update of the weights leaves the light view with more of them."""
+    truth = _model(0.010, 2e-5, 0.006, 0.004)
+    controller = Controller(TWO_VIEWS, truth)
+    machine = Machine(truth, 0.92, 4)
+    machine.light_rejections = 5.0
+    machine.run(controller, 1500)
+    assert _share_light(machine.run(controller, 200)) < 0.15
+    machine.light_rejections = 1.1
+    machine.run(controller, 12_000)
+    assert _share_light(machine.run(controller, 200)) > 0.85
+
+
+def test_looking_at_the_other_view_costs_little() -> None:
+    truth = _model(0.010, 2e-5, 0.006, 0.005)
+    costs = []
+    for settings_ in (TWO_VIEWS, ControlSettings()):
+        machine = Machine(truth, 0.92, 4, seed=1)
+        machine.light_rejections = 3.0
+        machine.run(Controller(settings_, truth), 4000)
+        costs.append(machine.seconds / machine.tokens)
+    assert costs[0] < 1.02 * costs[1]
 
 
 def test_everything_is_counted() -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from vllm_selfspec.commands.calibrate import calibrate
 from vllm_selfspec.commands.simulate import simulate
-from vllm_selfspec.control.cost_model import CostModel
+from vllm_selfspec.control.cost_model import CostModel, Point
 from vllm_selfspec.control.policy import StepObservation, StepState
 from vllm_selfspec.control.simulate import (
     Clock,
@@ -19,6 +19,7 @@ from vllm_selfspec.control.simulate import (
     PlainPolicy,
     Policy,
     ReferencePolicy,
+    Workload,
     compare,
     predict_recorded,
     rollout_workload,
@@ -64,16 +65,49 @@ def test_accepted_drafts_follow_the_acceptance(a100: CostModel) -> None:
     assert outcome.accepted / outcome.drafted == pytest.approx((0.7 + 0.49) / 2, abs=0.02)
 
 
+def _two_views(draft: float, light: float) -> CostModel:
+    points = [Point(kind, b, 512, 0, s) for kind, s in (("draft", draft), ("light", light)) for b in (1, 4, 16)]
+    points += [Point("verify" if g else "target", b, 512, g, 0.010) for b in (1, 4, 16) for g in (0, 1, 3, 7)]
+    return CostModel.fit(points)
+
+
+def test_the_light_view_is_faster_and_rejected_more_often() -> None:
+    class Light(FixedPolicy):
+        def choose(self, state: StepState) -> tuple[int, bool]:
+            return self.num_draft_tokens, True
+
+    rng = np.random.default_rng(0)
+    cost = _two_views(0.006, 0.003)
+    work = rollout_workload([4000] * 4, rng, acceptance=0.9, rejection_ratio=3.0)
+    main, light = (simulate_rollout(work, policy(2), Clock(cost, 3, 0.0, rng), rng) for policy in (FixedPolicy, Light))
+    assert main.accepted / main.drafted == pytest.approx((0.9 + 0.81) / 2, abs=0.02)
+    assert light.accepted / light.drafted == pytest.approx((0.7 + 0.49) / 2, abs=0.02)
+    assert main.makespan / main.steps == pytest.approx(0.022, rel=0.05)
+    assert light.makespan / light.steps == pytest.approx(0.016, rel=0.05)
+
+
+@pytest.mark.parametrize("rejection_ratio", [1.2, 5.0])
+def test_ours_finds_the_better_view(rejection_ratio: float) -> None:
+    cost = _two_views(0.006, 0.004)
+
+    def workload(rng: np.random.Generator) -> Workload:
+        return rollout_workload([2000] * 4, rng, acceptance=0.92, rejection_ratio=rejection_ratio)
+
+    policies = standard_policies(cost, max_draft_tokens=7, acceptance=0.92, rejection_ratio=rejection_ratio)
+    results = {r.name: r.rollout_seconds for r in compare(cost, workload, policies, max_draft_tokens=7, rollouts=2)}
+    assert results["selfspec"] < 1.04 * results["oracle"]
+
+
 def test_the_reference_latches_late_and_never_lets_go(a100: CostModel) -> None:
     reference = ReferencePolicy(a100)
     reference.start_rollout()
-    assert reference.draft_length(StepState(num_decode=1, mean_context=1000)) == 0  # never saw more than 32
-    assert reference.draft_length(StepState(num_decode=128, mean_context=1000)) == 0
-    assert reference.draft_length(StepState(num_decode=64, mean_context=1000)) == 0
-    assert reference.draft_length(StepState(num_decode=4, mean_context=1000)) == 5
-    assert reference.draft_length(StepState(num_decode=128, mean_context=1000)) == 5  # under load too
+    assert reference.choose(StepState(num_decode=1, mean_context=1000))[0] == 0  # never saw more than 32
+    assert reference.choose(StepState(num_decode=128, mean_context=1000))[0] == 0
+    assert reference.choose(StepState(num_decode=64, mean_context=1000))[0] == 0
+    assert reference.choose(StepState(num_decode=4, mean_context=1000))[0] == 5
+    assert reference.choose(StepState(num_decode=128, mean_context=1000))[0] == 5  # under load too
     reference.start_rollout()
-    assert reference.draft_length(StepState(num_decode=4, mean_context=1000)) == 0
+    assert reference.choose(StepState(num_decode=4, mean_context=1000))[0] == 0
 
 
 def test_the_reference_climbs_after_two_good_rollouts_and_steps_down_after_two_bad_ones(a100: CostModel) -> None:
@@ -82,10 +116,10 @@ def test_the_reference_climbs_after_two_good_rollouts_and_steps_down_after_two_b
 
     def rollout(share: float) -> int:
         reference.start_rollout()
-        reference.draft_length(StepState(num_decode=64))
-        gamma = reference.draft_length(StepState(num_decode=1, mean_context=500))
+        reference.choose(StepState(num_decode=64))
+        gamma, _ = reference.choose(StepState(num_decode=1, mean_context=500))
         drafted = np.full(100, gamma)
-        reference.observe(seen, drafted, np.round(share * drafted).astype(np.int64))
+        reference.observe(seen, drafted, np.round(share * drafted).astype(np.int64), False)
         return gamma
 
     assert [rollout(1.0) for _ in range(5)] == [5, 5, 7, 7, 9]

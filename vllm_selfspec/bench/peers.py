@@ -2,8 +2,8 @@
 
     ngram, suffix, draft_model    vLLM's own
     draft_model_table             vLLM's draft model with its static table of draft lengths by batch size
-    int8, int4                    selfspec, the whole model drafting at that precision
-    mixed                         the same at int4 where few rows draft, at int8 where more do
+    selfspec                      {"method": "selfspec"}: on CPU the whole model drafts, at int8 or int4
+    int8, int4                    the same at one precision
     exit                          selfspec, the first --exit-layer layers drafting at the model's own precision
     drafter                       selfspec with any --drafter
     off                           selfspec that never drafts: what the package's mends and kernels do by themselves
@@ -19,11 +19,11 @@ from typing import Any
 
 from vllm_selfspec.errors import UsageError
 
-DEFAULT_PEERS = "ngram,suffix,draft_model,draft_model_table,int8,int8@3,int4,exit"
-SELFSPEC_DRAFTERS = {
+DEFAULT_PEERS = "ngram,suffix,draft_model,draft_model_table,selfspec,int8,int8@3,int4,exit"
+SELFSPEC_DRAFTERS: dict[str, dict[str, Any]] = {
+    "selfspec": {},
     "int8": {"weights": "int8", "lm_head": "int8"},
     "int4": {"weights": "int4", "lm_head": "int4"},
-    "mixed": {"weights": "int4+int8", "lm_head": "int4+int8"},
     "exit": {"weights": "native", "lm_head": "native"},
     "drafter": {},
     "off": {"weights": "native", "lm_head": "native"},

@@ -35,6 +35,12 @@ def simulate(
     n: Annotated[int, typer.Option("--n", min=1, help="Samples per prompt.")] = 8,
     acceptance: Annotated[float, typer.Option(min=0, max=1, help="Acceptance per drafted token.")] = 0.98,
     acceptance_spread: Annotated[float, typer.Option(min=0, help="Its standard deviation between requests.")] = 0.0,
+    rejection_ratio: Annotated[
+        float,
+        typer.Option(
+            min=1, help="How many times as often the light view is rejected, on a profile of a drafter that has one."
+        ),
+    ] = 1.8,
     max_draft_tokens: Annotated[int, typer.Option(min=1, max=32, help="Most tokens drafted in a step.")] = 11,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run together.")] = 256,
     arrival_rate: Annotated[
@@ -80,6 +86,7 @@ def simulate(
             rng,
             acceptance=acceptance,
             acceptance_spread=acceptance_spread,
+            rejection_ratio=rejection_ratio,
             prompt_tokens=prompt_tokens,
             samples_per_prompt=n,
             max_num_seqs=max_num_seqs,
@@ -94,6 +101,7 @@ def simulate(
         "lengths": lengths,
         "acceptance": acceptance,
         "acceptance_spread": acceptance_spread,
+        "rejection_ratio": rejection_ratio if cost.has_light_view else None,
         "max_draft_tokens": max_draft_tokens,
         "max_num_seqs": max_num_seqs,
         "arrival_rate": arrival_rate,
@@ -132,6 +140,7 @@ def _run(cost: "CostModel", workload: Any, settings: dict[str, Any], console: "C
         fixed=fixed,
         acceptance=settings["acceptance"],
         max_batch=settings["max_num_seqs"],
+        rejection_ratio=settings["rejection_ratio"] or 1.0,
     )
     distinct, rollouts = settings["distinct_replicas"], settings["rollouts"]
     with Progress(console=console, transient=True) as progress:

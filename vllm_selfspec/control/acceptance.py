@@ -6,10 +6,15 @@ a + 1 failed. Position k therefore has a *conditional* acceptance a_k (given tha
 a cycle of γ drafts yields τ(γ) = Σ_{k=0..γ} Π_{i≤k} a_i tokens (Leviathan et al., arXiv 2211.17192). Pooling the
 trials of all requests keeps τ exact for a mixture of easy and hard requests: the later positions are only tried by the
 survivors.
+
+A drafter with two views has one such estimate, in terms of its main view, and one number more: how many times as often
+the light view's drafts are rejected (`RejectionRatio`). Texts that are hard to draft are hard for both views, so what
+one of them sees today holds for the other, which may not have drafted for a while.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -60,8 +65,15 @@ class AcceptanceEstimator:
         self.total_drafted = 0
         self.total_accepted = 0
 
-    def observe(self, num_drafted: int, num_accepted: int, request_id: str | None = None) -> None:
-        """Count one verified request-step: `num_accepted` of `num_drafted` drafts were accepted, left to right."""
+    def observe(
+        self, num_drafted: int, num_accepted: int, request_id: str | None = None, rejection_ratio: float = 1.0
+    ) -> None:
+        """Count one verified request-step: `num_accepted` of `num_drafted` drafts were accepted, left to right.
+
+        Args:
+            rejection_ratio: how many times as often the view that drafted is rejected as the main one, ≥ 1. Its
+                rejections count for less, so that the estimate stays unbiased.
+        """
         if num_drafted <= 0:
             return
         if not 0 <= num_accepted <= num_drafted:
@@ -78,13 +90,13 @@ class AcceptanceEstimator:
             accepted[k] = keep * accepted[k] + 1.0
             tried[k] = keep * tried[k] + 1.0
         if num_accepted < num_drafted:
-            accepted[num_accepted] *= keep
+            accepted[num_accepted] = keep * accepted[num_accepted] + 1.0 - 1.0 / rejection_ratio
             tried[num_accepted] = keep * tried[num_accepted] + 1.0
         self._stale = True
         if self.per_request and request_id is not None:
-            self._observe_request(request_id, num_drafted, num_accepted)
+            self._observe_request(request_id, num_drafted, num_accepted, rejection_ratio)
 
-    def _observe_request(self, request_id: str, num_drafted: int, num_accepted: int) -> None:
+    def _observe_request(self, request_id: str, num_drafted: int, num_accepted: int, rejection_ratio: float) -> None:
         counts = self._requests.get(request_id)
         if counts is None:
             counts = self._requests[request_id] = [0.0, 0.0]
@@ -94,8 +106,9 @@ class AcceptanceEstimator:
             self._requests.move_to_end(request_id)
         # A request's own window is short: it has to follow its text (prose, code, a table) within tens of steps.
         keep = 0.97
-        counts[0] = keep * counts[0] + num_accepted
-        counts[1] = keep * counts[1] + min(num_accepted + 1, num_drafted)
+        trials = min(num_accepted + 1, num_drafted)
+        counts[0] = keep * counts[0] + trials - (trials - num_accepted) / rejection_ratio
+        counts[1] = keep * counts[1] + trials
 
     def finish(self, request_id: str) -> None:
         """Forget a request. Unknown ids are fine: most requests were never drafted for."""
@@ -136,28 +149,87 @@ class AcceptanceEstimator:
         """τ(γ) for one γ in 0..max_draft_tokens."""
         return self.expected_tokens_table()[num_draft_tokens]
 
-    def expected_tokens_of(self, request_ids: Sequence[str]) -> list[float]:
+    def expected_tokens_at(self, rejection_ratio: float) -> list[float]:
+        """τ(0..max_draft_tokens) of a view whose drafts are rejected so many times as often as the estimated one's."""
+        survival, tokens = 1.0, [1.0]
+        for rate in self.rates():
+            survival *= min(1.0, max(0.0, 1.0 - rejection_ratio * (1.0 - rate)))
+            tokens.append(tokens[-1] + survival)
+        return tokens
+
+    def expected_tokens_of(self, request_ids: Sequence[str], rejection_ratio: float = 1.0) -> list[float]:
         """τ(0..max) averaged over these very requests (O(len(request_ids) · max): for small batches).
 
         A request's conditional acceptances are the pooled ones moved by a common log-odds-free factor on the rejection
         rate, shrunk towards the pooled estimate while the request has few trials.
+
+        Args:
+            rejection_ratio: as of `expected_tokens_at`.
         """
         pooled = self.rates()
         if not request_ids or not self._requests:
-            return self.expected_tokens_table()
+            return self.expected_tokens_at(rejection_ratio)
         total = [0.0] * (self.max_draft_tokens + 1)
         mean_rate = sum(pooled) / len(pooled)
         for request_id in request_ids:
             counts = self._requests.get(request_id)
-            if counts is None:
-                own = self._tokens
-            else:
+            factor = rejection_ratio
+            if counts is not None:
                 shrunk = (counts[0] + 16.0 * mean_rate) / (counts[1] + 16.0)
-                factor = (1.0 - shrunk) / max(1e-6, 1.0 - mean_rate)
-                survival, own = 1.0, [1.0]
-                for rate in pooled:
-                    survival *= min(1.0, max(0.0, 1.0 - factor * (1.0 - rate)))
-                    own.append(own[-1] + survival)
+                factor *= (1.0 - shrunk) / max(1e-6, 1.0 - mean_rate)
+            own = self.expected_tokens_at(factor)
             for k, tokens in enumerate(own):
                 total[k] += tokens
         return [tokens / len(request_ids) for tokens in total]
+
+
+class RejectionRatio:
+    """How many times as often drafts of the light view are rejected as drafts of the main view.
+
+    Whenever the view that is not in use drafts, its rejections are counted beside those that the view in use would have
+    had on the same trials, by its rate of late. So a change of texts is not mistaken for a difference of the views.
+
+    Args:
+        ratio: what is expected before anything was seen.
+        strength: the weight of that, in rejections.
+        window: trials over which the rate of the view in use is averaged.
+        memory: trials of the other view after which what they told has lost 63 % of its weight.
+    """
+
+    def __init__(
+        self, ratio: float = 1.8, *, strength: float = 2.0, window: float = 150.0, memory: float = 4096.0
+    ) -> None:
+        self.light_in_use = False
+        self._window, self._memory = window, memory
+        self._rejected, self._trials = 0.0, 0.0  # of the view in use, of late
+        self._counted = strength  # rejections that were seen, not reckoned
+        self._light, self._main = strength * math.sqrt(ratio), strength / math.sqrt(ratio)
+
+    @property
+    def ratio(self) -> float:
+        """The estimate, ≥ 1: fewer bits are not accepted more often."""
+        return max(1.0, self._light / self._main)
+
+    @property
+    def doubt(self) -> float:
+        """Standard deviation of the estimate's logarithm."""
+        return 1.0 / math.sqrt(self._counted)
+
+    def use(self, light: bool) -> None:
+        """From here on this view is in use."""
+        if light != self.light_in_use:
+            self._rejected *= self.ratio if light else 1.0 / self.ratio
+            self.light_in_use = light
+
+    def observe(self, light: bool, trials: float, rejected: float) -> None:
+        """Learn from the drafts of one view that one step has verified."""
+        if light == self.light_in_use:
+            keep = math.exp(-trials / self._window)
+            self._rejected = keep * self._rejected + rejected
+            self._trials = keep * self._trials + trials
+        elif self._trials > 0.0:
+            keep = math.exp(-trials / self._memory)
+            reckoned = trials * self._rejected / self._trials
+            self._counted = keep * self._counted + rejected
+            self._light = keep * self._light + (rejected if light else reckoned)
+            self._main = keep * self._main + (reckoned if light else rejected)

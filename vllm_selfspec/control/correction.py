@@ -1,7 +1,8 @@
 """Learning step times online, from the durations that a scheduler sees anyway.
 
 The predicted times of a cost model are multiplied by exp(x), one x for each (batch octave, verified draft length) and
-one for each batch octave of the draft forward, and by one more for the machine's speed of the moment. All x together
+for each batch octave of the draft forward of either view, and by one more for the machine's speed of the moment. All x
+together
 are one Gaussian state with a prior covariance that says what is likely wrong: everything by a common factor (another
 machine), one kind of forward, one region. Each observed step is one noisy, linearised equation for the few x that it
 involves (an extended Kalman filter), so three steps correct a wrong scale everywhere while a kernel's odd spot is
@@ -51,7 +52,8 @@ class OnlineCorrection:
         self.cost_model = cost_model
         self.max_draft_tokens = max_draft_tokens
         self._octaves = round(math.log2(max(1, max_batch))) + 1
-        self._width = max_draft_tokens + 2  # verify 0..max, then draft
+        self._draft = max_draft_tokens + 1  # of an octave: verify 0..max, then draft, then light
+        self._width = max_draft_tokens + 3
         self._fade = _FADE_EVERY / memory_steps
         kinds = self._prior_covariance(cost_model.is_prior)
         self._speed = len(kinds)  # its place in the state, the last one
@@ -70,10 +72,11 @@ class OnlineCorrection:
         common, kind = (_PRIOR_COMMON_SD, _PRIOR_KIND_SD) if unmeasured else (_COMMON_SD, _KIND_SD)
         octave = np.repeat(np.arange(self._octaves), self._width).astype(float)
         slot = np.tile(np.arange(self._width), self._octaves)
-        is_draft = slot == self.max_draft_tokens + 1
+        is_draft = slot >= self._draft
         near = np.exp(-0.5 * ((octave[:, None] - octave[None, :]) / 1.5) ** 2)
         same = is_draft[:, None] == is_draft[None, :]
-        length = np.where(is_draft, 0, slot)
+        # the two views share what is around their linear layers: as near to each other as draft lengths two apart
+        length = np.where(is_draft, 2 * (slot - self._draft), slot)
         close = np.exp(-np.abs(length[:, None] - length[None, :]) / 2.0)
         depth = length / max(1, self.max_draft_tokens)
         slope = np.where(is_draft[:, None] | is_draft[None, :], 0.0, depth[:, None] * depth[None, :])
@@ -108,45 +111,71 @@ class OnlineCorrection:
         start = self._octave(key[0]) * self._width
         factors = np.exp(self._mean[start : start + self._width] + self._mean[self._speed]).tolist()
         times = StepTimes(
-            verify=tuple(t * f for t, f in zip(base.verify, factors[:-1], strict=True)),
-            draft=base.draft * factors[-1],
+            verify=tuple(t * f for t, f in zip(base.verify, factors[: self._draft], strict=True)),
+            draft=base.draft * factors[self._draft],
+            light=base.light * factors[self._draft + 1],
             per_row=base.per_row * factors[self.max_draft_tokens],
         )
         self._corrected[key] = (self._updates, times)
         return times
 
-    def doubts(self, batch: float, seq: float, current: int) -> list[float]:
-        """For each γ, the standard deviation of log(cycle time of γ / cycle time of `current`) at this point."""
+    def doubts(
+        self, batch: float, seq: float, current: int, current_light: bool = False, light: bool = False
+    ) -> list[float]:
+        """How little is known of cycle times at this point, relative to the current choice's.
+
+        Args:
+            current: γ of the current choice.
+            current_light: whether it drafts with the light view.
+            light: whether the others do.
+
+        Returns:
+            for each γ, the standard deviation of log(its cycle time / that of `current`).
+        """
         key = self._key(batch, seq)
         times = self._times(key)
         start = self._octave(key[0]) * self._width
         cov = self._cov[start : start + self._width, start : start + self._width].tolist()
-        draft_cov, own_cov = cov[-1], cov[current]
-        own = times.verify[current] / (times.verify[current] + current * times.draft)
+        own_draft, draft = self._draft + current_light, self._draft + light
+        own = times.verify[current] / (times.verify[current] + current * times.of_draft(current_light))
+        seconds = times.of_draft(light)
+        # the ratio's logarithm, in corrections: share · verify[γ] + (1 - share) · draft, less the same of the current
+        own_rest = 1.0 - own
+        known = own * own * cov[current][current] + own_rest * own_rest * cov[own_draft][own_draft]
+        known += 2.0 * own * own_rest * cov[current][own_draft]
+        of_own, of_own_draft, of_draft = cov[current], cov[own_draft], cov[draft]
         result = []
         for gamma, verify in enumerate(times.verify):
-            # the ratio's logarithm: share · verify[γ] - own · verify[current] + rest · draft, in corrections
-            share = verify / (verify + gamma * times.draft)
-            rest = own - share
-            variance = share * share * cov[gamma][gamma] + own * own * own_cov[current] + rest * rest * draft_cov[-1]
-            variance += 2.0 * (share * rest * draft_cov[gamma] - share * own * own_cov[gamma])
-            variance -= 2.0 * own * rest * draft_cov[current]
+            share = verify / (verify + gamma * seconds)
+            rest = 1.0 - share
+            variance = known + share * share * cov[gamma][gamma] + rest * rest * of_draft[draft]
+            variance += 2.0 * share * rest * of_draft[gamma]
+            variance -= 2.0 * share * (own * of_own[gamma] + own_rest * of_own_draft[gamma])
+            variance -= 2.0 * rest * (own * of_own[draft] + own_rest * of_own_draft[draft])
             result.append(math.sqrt(max(0.0, variance)))
         return result
 
-    def predict(self, batch: float, seq: float, num_verified: float, num_drafted: int, prefill_tokens: int) -> float:
+    def predict(
+        self,
+        batch: float,
+        seq: float,
+        num_verified: float,
+        num_drafted: int,
+        prefill_tokens: int = 0,
+        light: bool = False,
+    ) -> float:
         """Seconds of one step that verifies `num_verified` and then drafts `num_drafted` tokens per request."""
-        return sum(self._parts(batch, seq, num_verified, num_drafted, prefill_tokens)[0])
+        return sum(self._parts(batch, seq, num_verified, num_drafted, prefill_tokens, light)[0])
 
     def _parts(
-        self, batch: float, seq: float, num_verified: float, num_drafted: int, prefill_tokens: int
+        self, batch: float, seq: float, num_verified: float, num_drafted: int, prefill_tokens: int, light: bool
     ) -> tuple[tuple[float, float], int, int]:
         times = self.step_times(batch, seq, self.max_draft_tokens)
         verified = min(self.max_draft_tokens, max(0, round(num_verified)))
         rows = batch * (verified + 1) + prefill_tokens
         forward = max(times.verify[verified], rows * times.per_row if prefill_tokens else 0.0)
         start = self._octave(self._key(batch, seq)[0]) * self._width
-        return (forward, num_drafted * times.draft), start + verified, start + self._width - 1
+        return (forward, num_drafted * times.of_draft(light)), start + verified, start + self._draft + light
 
     def _wander(self) -> None:
         """By the next step the machine may have changed its speed a little."""
@@ -164,11 +193,18 @@ class OnlineCorrection:
         num_verified: float,
         num_drafted: int,
         prefill_tokens: int = 0,
+        light: bool = False,
     ) -> bool:
-        """Learn from one step's duration. Returns False when it was set aside as an outlier."""
+        """Learn from one step's duration. Returns False when it was set aside as an outlier.
+
+        Args:
+            light: the drafts came from the light view.
+        """
         if not (seconds > 0.0 and math.isfinite(seconds)):
             raise ValueError(f"a step took {seconds} seconds: durations must be positive.")
-        (forward, draft), verify_index, draft_index = self._parts(batch, seq, num_verified, num_drafted, prefill_tokens)
+        (forward, draft), verify_index, draft_index = self._parts(
+            batch, seq, num_verified, num_drafted, prefill_tokens, light
+        )
         predicted = forward + draft
         innovation = math.log(seconds / predicted)
         share = forward / predicted
@@ -190,7 +226,7 @@ class OnlineCorrection:
             else:
                 self._cov = 0.5 * (self._cov + self._prior)
                 self._surprises = 0
-            return self.observe(seconds, batch, seq, num_verified, num_drafted, prefill_tokens)
+            return self.observe(seconds, batch, seq, num_verified, num_drafted, prefill_tokens, light)
         self._surprises = 0
         limit = 2.0 * math.sqrt(variance)
         gain = column / variance

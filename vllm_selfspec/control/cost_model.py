@@ -34,7 +34,7 @@ from scipy.linalg import cho_solve
 from scipy.optimize import least_squares, minimize
 
 SCHEMA_VERSION = 2
-Component = Literal["target", "verify", "draft", "prefill"]
+Component = Literal["target", "verify", "draft", "light", "prefill"]
 Array = NDArray[np.float64]
 _DECODING = ("target", "verify")
 
@@ -70,8 +70,9 @@ class Point:
     """One measurement: `seconds` of one forward of `component` at `batch` requests of `seq` context tokens.
 
     `num_draft_tokens` is what "verify" verifies, 0 for "target", and for "draft" the γ of the cycle that the draft
-    forward was part of (engines pad draft batches by it). "prefill" computes the `seq` prompt tokens of each request in
-    one step. `noise` is the relative standard error of `seconds`.
+    forward was part of (engines pad draft batches by it). "light" is a draft forward of the drafter's light view, where
+    it has two. "prefill" computes the `seq` prompt tokens of each request in one step. `noise` is the relative standard
+    error of `seconds`.
     """
 
     component: Component
@@ -555,12 +556,18 @@ class StepTimes:
     """Seconds at one batch and context, as plain floats: what a decision needs.
 
     verify[γ] for γ in 0..max (verify[0] is plain decoding), draft of one draft forward, per_row the compute cost of one
-    more query row when nothing is memory-bound (the marginal cost of one prefill token).
+    more query row when nothing is memory-bound (the marginal cost of one prefill token), light of one draft forward of
+    the light view (that of draft where there is no such view).
     """
 
     verify: tuple[float, ...]
     draft: float
     per_row: float
+    light: float
+
+    def of_draft(self, light: bool) -> float:
+        """Seconds of one draft forward of either view."""
+        return self.light if light else self.draft
 
 
 def _scalar_or_array(value: Array) -> Any:
@@ -579,11 +586,12 @@ class CostModel:
         self,
         forward: _Forward,
         draft: _Forward,
+        light: _Forward | None,
         points: Sequence[Point],
         constants: ModelConstants,
         meta: Mapping[str, Any],
     ) -> None:
-        self._forward, self._draft = forward, draft
+        self._forward, self._draft, self._light = forward, draft, light
         self.points, self.constants, self.meta = tuple(points), constants, dict(meta)
         decoding = [p for p in points if p.component in _DECODING]
         drafts = {*_DRAFT_NODES, *(p.num_draft_tokens for p in decoding)}
@@ -594,8 +602,13 @@ class CostModel:
             prefill.seconds / (prefill.batch * prefill.seq) if prefill else _compute_seconds(forward, decoding)
         )
         self._max_drafts = max(drafts)
-        plain_drafts = sorted(drafts) if draft.padded else [0]
-        self._draft_table = _Table(draft, [p for p in points if p.component == "draft"], plain_drafts)
+
+        def drafting(component: Component, fitted: _Forward) -> _Table:
+            plain_drafts = sorted(drafts) if fitted.padded else [0]
+            return _Table(fitted, [p for p in points if p.component == component], plain_drafts)
+
+        self._draft_table = drafting("draft", draft)
+        self._light_table = self._draft_table if light is None else drafting("light", light)
 
     @classmethod
     def fit(
@@ -631,14 +644,16 @@ class CostModel:
         else:
             paddings = [pad_drafts]
         draft = _Forward.fit(drafts, constants, draft=True, paddings=paddings)
-        return cls(forward, draft, points, constants, meta or {})
+        lights = [p for p in points if p.component == "light"]
+        light = _Forward.fit(lights, constants, draft=True, paddings=[draft.padded]) if lights else None
+        return cls(forward, draft, light, points, constants, meta or {})
 
     @classmethod
-    def prior(cls, *, draft_ratio: float = 0.6, seconds: float = 0.01) -> CostModel:
+    def prior(cls, *, draft_ratio: float = 0.6, light_ratio: float = 0.45, seconds: float = 0.01) -> CostModel:
         """A model for an unknown machine: only its shape matters, online correction finds the scale.
 
         Rows are free up to some tens and then cost time in proportion; a draft forward takes `draft_ratio` of a target
-        forward of `seconds`.
+        forward of `seconds`, or `light_ratio` with the light view.
         """
         points = [
             Point(
@@ -647,8 +662,11 @@ class CostModel:
             for batch in (1, 8, 64)
             for drafts in (0, 3)
         ]
+        ratios: list[tuple[Component, float]] = [("draft", draft_ratio), ("light", light_ratio)]
         points += [
-            Point("draft", batch, 512, 0, draft_ratio * seconds * (1.0 + batch / 64.0), 0.3) for batch in (1, 8, 64)
+            Point(component, batch, 512, 0, ratio * seconds * (1.0 + batch / 64.0), 0.3)
+            for component, ratio in ratios
+            for batch in (1, 8, 64)
         ]
         return cls.fit(points, meta={"source": "prior"}, pad_drafts=False)
 
@@ -667,6 +685,11 @@ class CostModel:
         """The fitted roofline of draft forwards, without residuals."""
         return self._draft.roofline
 
+    @property
+    def has_light_view(self) -> bool:
+        """True when draft forwards of a light view were measured."""
+        return self._light is not None
+
     def target_time(self, batch: ArrayLike, seq: ArrayLike) -> Any:
         """T_T: one plain decoding step."""
         return _scalar_or_array(self._forward_table(batch, seq, 0))
@@ -674,6 +697,10 @@ class CostModel:
     def draft_time(self, batch: ArrayLike, seq: ArrayLike, num_draft_tokens: ArrayLike | None = None) -> Any:
         """T_D: one draft forward; `num_draft_tokens` matters only where the engine pads drafts by it."""
         return _scalar_or_array(self._draft_table(batch, seq, 0 if num_draft_tokens is None else num_draft_tokens))
+
+    def light_time(self, batch: ArrayLike, seq: ArrayLike, num_draft_tokens: ArrayLike | None = None) -> Any:
+        """The same of the light view; `draft_time` where there is none."""
+        return _scalar_or_array(self._light_table(batch, seq, 0 if num_draft_tokens is None else num_draft_tokens))
 
     def verify_time(self, batch: ArrayLike, seq: ArrayLike, num_draft_tokens: ArrayLike) -> Any:
         """T_V: the target forward over num_draft_tokens + 1 rows per request. With 0 it is `target_time`."""
@@ -705,6 +732,7 @@ class CostModel:
             verify=tuple(verify.tolist()),
             draft=float(self._draft_table(batch, seq, 0)),
             per_row=self._per_row,
+            light=float(self._light_table(batch, seq, 0)),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -713,7 +741,11 @@ class CostModel:
             "schema_version": SCHEMA_VERSION,
             "meta": self.meta,
             "constants": asdict(self.constants),
-            "model": {"forward": self._forward.to_dict(), "draft": self._draft.to_dict()},
+            "model": {
+                name: part.to_dict()
+                for name, part in (("forward", self._forward), ("draft", self._draft), ("light", self._light))
+                if part is not None
+            },
             "points": {
                 "columns": ["component", "batch", "seq", "num_draft_tokens", "seconds", "noise"],
                 "rows": [
@@ -746,12 +778,17 @@ class CostModel:
             if version == 1:  # an older form of the model, with the same points
                 return cls.fit(points, constants, meta)
             target = [p for p in points if p.component in _DECODING]
-            drafts = [p for p in points if p.component == "draft"]
             forward = _Forward.from_dict(profile["model"]["forward"], target, constants, draft=False)
-            draft = _Forward.from_dict(profile["model"]["draft"], drafts, constants, draft=True)
+
+            def drafting(component: Component) -> _Forward:
+                measured = [p for p in points if p.component == component]
+                return _Forward.from_dict(profile["model"][component], measured, constants, draft=True)
+
+            draft = drafting("draft")
+            light = drafting("light") if "light" in profile["model"] else None
         except (KeyError, TypeError) as error:
             raise ValueError(f"the profile is not one of ours ({error}): calibrate again.") from error
-        return cls(forward, draft, points, constants, meta)
+        return cls(forward, draft, light, points, constants, meta)
 
     @classmethod
     def from_profile(cls, path: str | Path) -> CostModel:

@@ -9,20 +9,26 @@ What a choice costs. Step k runs the target over the drafts of step k-1, then dr
 ``Σ_requests τ(γ) / (γ·T_D + T_V(γ))``. Prefill rows ride in the same forward. What they would cost anyway is not
 charged to decoding, but they use up the compute that verification gets for free in a memory-bound step, so drafting
 pays less.
+
+A drafter may keep two views, a main one and a light one of fewer bits. They differ in T_D and in τ, and the policy
+takes the one whose best draft length has the higher rate.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
-from vllm_selfspec.control.acceptance import AcceptanceEstimator
+from vllm_selfspec.control.acceptance import AcceptanceEstimator, RejectionRatio
 from vllm_selfspec.control.correction import OnlineCorrection
 from vllm_selfspec.control.cost_model import CostModel, StepTimes
 
+_VIEW_INTERVALS = 4
+"""After so many of `probe_interval` the view that is not in use is due for a look."""
 _SWITCH_DOUBT, _SWITCH_STEPS = 0.25, 32
 """How wrong the other side's predicted rate may be right after a switch, and the steps for which that holds in full."""
 
@@ -57,6 +63,7 @@ class ControlSettings:
         per_request_batch: up to this many decoding requests the acceptance of each request is used, above it the pooled
             estimate; 0 never.
         learn: correct the predicted times from observed step durations.
+        light_view: the drafter has a light view to choose.
     """
 
     max_draft_tokens: int = 7
@@ -69,6 +76,7 @@ class ControlSettings:
     acceptance_prior: float = 0.8
     per_request_batch: int = 0
     learn: bool = True
+    light_view: bool = False
 
     def __post_init__(self) -> None:
         if self.max_draft_tokens < 1:
@@ -112,16 +120,20 @@ class StepState:
 class Memory:
     """What the controller remembers between steps.
 
-    `steps_since_switch` counts from the last time that drafting began or ended, probes aside.
+    `steps_since_switch` counts from the last time that drafting began or ended, probes aside; `light` says which view
+    is in use, `steps_since_other` counts the drafting steps since the other one drafted.
     """
 
     num_draft_tokens: int = 0
+    light: bool = False
     steps_since_draft: int = 0
     steps_since_plain: int = 0
+    steps_since_other: int = 0
     steps_since_probe: int = 0
     steps_since_switch: int = 1 << 20
     probe_credit: float = 0.0
     probe_draft_tokens: int = 0
+    probe_light: bool = False
     probe_steps_left: int = 0
 
 
@@ -130,7 +142,8 @@ class Decision:
     """One decision with everything that led to it. Times in seconds, indexed by γ in 0..max; empty when none were
     needed.
 
-    `times[γ]` is what a cycle of γ drafts is charged, `tokens[γ]` what it yields over all decoding requests.
+    `times[γ]` is what a cycle of γ drafts is charged, `tokens[γ]` what it yields over all decoding requests, with the
+    view that drafts. `light` says which one that is; None leaves it to the drafter.
     """
 
     num_draft_tokens: int
@@ -139,6 +152,7 @@ class Decision:
     times: Sequence[float] = ()
     tokens: Sequence[float] = ()
     probe_cost: float = 0.0
+    light: bool | None = None
 
     @property
     def predicted_speedup(self) -> float:
@@ -155,7 +169,7 @@ class StepObservation:
 
     `seconds` from the end of the previous step to the end of this one. `num_verified` and `num_drafted` are draft
     tokens per decoding request (means where requests differ). `probe` says that the step's draft length was an
-    experiment. Leave steps out whose duration means nothing (the engine was idle).
+    experiment, `light` that the light view drafted. Leave steps out whose duration means nothing (the engine was idle).
     """
 
     seconds: float
@@ -165,6 +179,7 @@ class StepObservation:
     num_drafted: int
     prefill_tokens: int = 0
     probe: bool = False
+    light: bool = False
 
 
 class Times(Protocol):
@@ -175,9 +190,28 @@ class Times(Protocol):
         ...
 
 
-def _cycle_times(state: StepState, times: StepTimes, prefill_tokens: int, longest: int) -> list[float]:
+@dataclass(frozen=True, slots=True)
+class _Rated:
+    """What one view promises, for γ in 0..longest: seconds charged to a cycle, tokens that it yields, their ratio."""
+
+    light: bool
+    cycle: list[float]
+    tokens: list[float]
+    rates: list[float]
+
+
+def _rated(
+    state: StepState, times: StepTimes, light: bool, per_request: Sequence[float], prefill_tokens: int, longest: int
+) -> _Rated:
+    cycle = _cycle_times(state, times, light, prefill_tokens, longest)
+    tokens = _tokens(state, per_request, longest)
+    rates = [gained / seconds for gained, seconds in zip(tokens, cycle, strict=True)]
+    return _Rated(light, cycle, tokens, rates)
+
+
+def _cycle_times(state: StepState, times: StepTimes, light: bool, prefill_tokens: int, longest: int) -> list[float]:
     """Seconds charged to decoding for a cycle of γ drafts, γ in 0..longest."""
-    verify, draft, batch = times.verify, times.draft, state.num_decode
+    verify, draft, batch = times.verify, times.of_draft(light), state.num_decode
     if prefill_tokens <= 0:
         return [gamma * draft + verify[gamma] for gamma in range(longest + 1)]
     prefill = prefill_tokens * times.per_row
@@ -203,17 +237,22 @@ def decide(
     settings: ControlSettings,
     memory: Memory = Memory(),
     doubts: Sequence[float] | None = None,
+    light_tokens: Sequence[float] | None = None,
+    other_hopes: Sequence[float] | None = None,
 ) -> Decision:
-    """Choose the draft length of one step.
+    """Choose the draft length of one step, and the view that drafts.
 
     Args:
         state: the engine's state.
         times: predicted times, see `CostModel.step_times`.
         expected_tokens: τ(0..max) per request, see `AcceptanceEstimator.expected_tokens_table`.
         settings: limits, margin, probes.
-        memory: the current draft length and the probes' accounts.
+        memory: the current draft length and view, and the probes' accounts.
         doubts: for each γ, the standard deviation of the logarithm of its time relative to the current choice's; None
             when nothing is known about it.
+        light_tokens: τ(0..max) of the light view; None where the drafter has none.
+        other_hopes: for each γ, the factor by which the view that is not in use may be better than predicted; None
+            when it is not time to ask.
     """
     longest = settings.max_draft_tokens
     if settings.mode == "off":
@@ -229,14 +268,21 @@ def decide(
 
     predicted = times.step_times(state.num_decode, state.mean_context, settings.max_draft_tokens)
     prefill = state.pending_prefill_tokens
-    cycle = _cycle_times(state, predicted, prefill, longest)
-    tokens = _tokens(state, expected_tokens, longest)
-    rates = [gained / seconds for gained, seconds in zip(tokens, cycle, strict=True)]
-    best = max(range(longest + 1), key=rates.__getitem__)
-
+    used = _rated(state, predicted, False, expected_tokens, prefill, longest)
+    other = None
+    if light_tokens is not None:
+        other = _rated(state, predicted, True, light_tokens, prefill, longest)
+        if memory.light:
+            used, other = other, used
     if memory.probe_steps_left > 0 and memory.probe_draft_tokens <= longest:
-        return Decision(memory.probe_draft_tokens, Reason.PROBE, state, cycle, tokens)
-
+        if other is not None and memory.probe_light != used.light:
+            used = other
+        return _chosen(memory.probe_draft_tokens, Reason.PROBE, state, used)
+    # between two views a wrong choice costs little, and a switch nothing: a quarter of the margin is enough
+    if other is not None and max(other.rates) > (1.0 + 0.25 * settings.margin) * max(used.rates):
+        used, other, doubts, other_hopes = other, used, None, None  # which were about the view that was in use
+    rates = used.rates
+    best = max(range(longest + 1), key=rates.__getitem__)
     current = min(memory.num_draft_tokens, longest)
     chosen, reason = best, Reason.BEST
     # between two draft lengths a wrong choice costs little and a switch nothing: a quarter of the margin is enough
@@ -244,39 +290,62 @@ def decide(
     if best > current and rates[best] < (1.0 + margin) * rates[current]:
         chosen, reason = current, Reason.MARGIN_HOLD
     if chosen == 0 and prefill > 0:
-        alone = _cycle_times(state, predicted, 0, longest)
-        if max(gained / seconds for gained, seconds in zip(tokens[1:], alone[1:], strict=True)) > tokens[0] / alone[0]:
+        per_request = light_tokens if used.light and light_tokens is not None else expected_tokens
+        alone = _rated(state, predicted, used.light, per_request, 0, longest)
+        if max(alone.rates[1:]) > alone.rates[0]:
             reason = Reason.LOAD
 
-    probe = _probe_candidate(rates, chosen, settings, memory, doubts) if prefill == 0 else -1
-    if probe >= 0:
+    probe = _probe_candidate(used, other, chosen, settings, memory, doubts, other_hopes) if prefill == 0 else None
+    if probe is not None:
+        view, gamma = probe
         # What the probe is predicted to lose against the choice. A profile may be wrong about just that, so no more
         # than two plain steps are asked for in advance; what it really lost is charged when its duration is known.
-        loss = settings.probe_steps * max(0.0, cycle[probe] - tokens[probe] / rates[chosen])
-        if memory.probe_credit >= min(loss, 2.0 * cycle[0]):
-            return Decision(probe, Reason.PROBE, state, cycle, tokens, probe_cost=loss)
-    return Decision(chosen, reason, state, cycle, tokens)
+        loss = settings.probe_steps * max(0.0, view.cycle[gamma] - view.tokens[gamma] / rates[chosen])
+        if memory.probe_credit >= min(loss, 2.0 * view.cycle[0]):
+            return _chosen(gamma, Reason.PROBE, state, view, loss)
+    return _chosen(chosen, reason, state, used)
+
+
+def _chosen(num_draft_tokens: int, reason: Reason, state: StepState, view: _Rated, loss: float = 0.0) -> Decision:
+    return Decision(num_draft_tokens, reason, state, view.cycle, view.tokens, probe_cost=loss, light=view.light)
 
 
 def _probe_candidate(
-    rates: Sequence[float],
+    used: _Rated,
+    other: _Rated | None,
     chosen: int,
     settings: ControlSettings,
     memory: Memory,
     doubts: Sequence[float] | None,
-) -> int:
-    """The draft length worth an experiment now, or -1."""
+    other_hopes: Sequence[float] | None,
+) -> tuple[_Rated, int] | None:
+    """The view and the draft length that are worth an experiment now, if any.
+
+    Args:
+        used, other: the view in use and the other one, if there is one.
+        chosen: the draft length without an experiment.
+        doubts, other_hopes: as of `decide`.
+    """
+    rates = used.rates
     others = [gamma for gamma in range(len(rates)) if gamma != chosen]
+    hoped: list[tuple[float, _Rated, int]] = []
     if doubts is not None and memory.steps_since_probe * 16 >= settings.probe_interval:
-        hoped = [rates[gamma] * (1.0 + doubts[gamma]) for gamma in range(len(rates))]
-        candidate = max(others, key=hoped.__getitem__)
-        if hoped[candidate] > (1.0 + settings.margin) * rates[chosen]:
-            return candidate
+        hoped += [(rates[gamma] * (1.0 + doubts[gamma]), used, gamma) for gamma in others]
+    if chosen == 0:
+        other = None
+    elif other is not None and other_hopes is not None:
+        hoped += [(other.rates[gamma] * other_hopes[gamma], other, gamma) for gamma in range(1, len(rates))]
+    if hoped:
+        rate, view, gamma = max(hoped, key=lambda candidate: candidate[0])
+        if rate > (1.0 + settings.margin) * rates[chosen]:
+            return view, gamma
     if chosen == 0 and memory.steps_since_draft >= settings.probe_interval:
-        return max(others, key=rates.__getitem__)
+        return used, max(others, key=rates.__getitem__)
     if chosen > 0 and memory.steps_since_plain >= settings.probe_interval:
-        return 0
-    return -1
+        return used, 0
+    if other is not None and memory.steps_since_other >= _VIEW_INTERVALS * settings.probe_interval:
+        return other, max(range(1, len(rates)), key=other.rates.__getitem__)
+    return None
 
 
 class Controller:
@@ -298,6 +367,8 @@ class Controller:
             prior_mean=settings.acceptance_prior,
             per_request=settings.per_request_batch > 0,
         )
+        self.rejection_ratio = RejectionRatio()
+        self._trials = {False: [0.0, 0.0], True: [0.0, 0.0]}  # of either view since the last decision, and rejections
         self.times = OnlineCorrection(
             cost_model if cost_model is not None else CostModel.prior(), settings.max_draft_tokens, max_batch=max_batch
         )
@@ -311,19 +382,47 @@ class Controller:
     def decide(self, state: StepState) -> Decision:
         """The draft length of the step being scheduled."""
         settings, memory = self.settings, self.memory
-        expected = self.acceptance.expected_tokens_table()
-        if state.num_decode <= settings.per_request_batch and state.request_ids:
-            expected = self.acceptance.expected_tokens_of(state.request_ids)
-        doubts = None
+        expected = self._expected_tokens(state, 1.0)
+        light_tokens = None
+        if settings.light_view:
+            self._learn_ratio()
+            light_tokens = self._expected_tokens(state, self.rejection_ratio.ratio)
+        doubts = other_hopes = None
         if settings.learn and state.num_decode > 0 and memory.steps_since_probe * 16 >= settings.probe_interval:
-            doubts = self.times.doubts(state.num_decode, state.mean_context, memory.num_draft_tokens)
+            doubts = self.times.doubts(state.num_decode, state.mean_context, memory.num_draft_tokens, memory.light)
+            if light_tokens is not None:
+                other_hopes = self._other_hopes(state, expected if memory.light else light_tokens)
             # The reason of a switch may have been a machine that changed its speed in that moment: look again soon.
             recent = _SWITCH_DOUBT * min(1.0, _SWITCH_STEPS / (memory.steps_since_switch + 1))
             drafting = memory.num_draft_tokens > 0
             doubts = [doubt + recent * ((gamma > 0) != drafting) for gamma, doubt in enumerate(doubts)]
-        decision = decide(state, self.times, expected, settings, memory, doubts)
+        decision = decide(state, self.times, expected, settings, memory, doubts, light_tokens, other_hopes)
         self._remember(decision)
         return decision
+
+    def _expected_tokens(self, state: StepState, rejection_ratio: float) -> Sequence[float]:
+        """τ(0..max) of a view that is rejected so many times as often as the main one."""
+        if state.num_decode <= self.settings.per_request_batch and state.request_ids:
+            return self.acceptance.expected_tokens_of(state.request_ids, rejection_ratio)
+        if rejection_ratio == 1.0:
+            return self.acceptance.expected_tokens_table()
+        return self.acceptance.expected_tokens_at(rejection_ratio)
+
+    def _learn_ratio(self) -> None:
+        self.rejection_ratio.use(self.memory.light)
+        for light, counts in self._trials.items():
+            if counts[0]:
+                self.rejection_ratio.observe(light, *counts)
+                counts[:] = 0.0, 0.0
+
+    def _other_hopes(self, state: StepState, expected: Sequence[float]) -> list[float]:
+        """For each γ, how much better than expected the view not in use may be: its acceptance, and its times."""
+        memory, ratio = self.memory, self.rejection_ratio
+        batch, seq = state.num_decode, state.mean_context
+        doubts = self.times.doubts(batch, seq, memory.num_draft_tokens, memory.light, not memory.light)
+        hoped = (1.0 if memory.light else ratio.ratio) * math.exp(-ratio.doubt)
+        tokens = self._expected_tokens(state, hoped)
+        return [(1.0 + doubt) * best / usual for doubt, best, usual in zip(doubts, tokens, expected, strict=True)]
 
     def _remember(self, decision: Decision) -> None:
         memory, chosen = self.memory, decision.num_draft_tokens
@@ -351,14 +450,20 @@ class Controller:
                 credit = 2.0 * plain
             credit = min(credit + self.settings.probe_budget * plain, 4.0 * plain)
         switched = (resume > 0) != (memory.num_draft_tokens > 0)
+        # a view is in use from its first step that is no probe
+        light = memory.light if probing or decision.light is None or chosen == 0 else decision.light
+        other_drafts = chosen > 0 and decision.light is not None and decision.light != memory.light
         self.memory = Memory(
             num_draft_tokens=resume,
+            light=light,
+            steps_since_other=0 if other_drafts else memory.steps_since_other + (chosen > 0),
             steps_since_draft=0 if chosen > 0 else memory.steps_since_draft + 1,
             steps_since_plain=0 if chosen == 0 else memory.steps_since_plain + 1,
             steps_since_probe=0 if probing else memory.steps_since_probe + 1,
             steps_since_switch=0 if switched else memory.steps_since_switch + 1,
             probe_credit=credit,
             probe_draft_tokens=chosen if probing else 0,
+            probe_light=bool(decision.light) if probing else False,
             probe_steps_left=steps_left,
         )
 
@@ -376,6 +481,7 @@ class Controller:
             observation.num_verified,
             observation.num_drafted,
             observation.prefill_tokens,
+            observation.light,
         )
 
     def _charge_probe(self, observation: StepObservation) -> None:
@@ -386,14 +492,20 @@ class Controller:
             observation.num_verified,
             observation.num_drafted,
             observation.prefill_tokens,
+            observation.light,
         )
         excess = max(0.0, observation.seconds - predicted)
         self.probe_seconds += excess
         self.memory = replace(self.memory, probe_credit=self.memory.probe_credit - excess)
 
-    def observe_acceptance(self, num_drafted: int, num_accepted: int, request_id: str | None = None) -> None:
-        """Count one request's verified drafts."""
-        self.acceptance.observe(num_drafted, num_accepted, request_id)
+    def observe_acceptance(
+        self, num_drafted: int, num_accepted: int, request_id: str | None = None, light: bool = False
+    ) -> None:
+        """Count one request's verified drafts, which came from the light view or from the main one."""
+        self.acceptance.observe(num_drafted, num_accepted, request_id, self.rejection_ratio.ratio if light else 1.0)
+        counts = self._trials[light]
+        counts[0] += min(num_accepted + 1, num_drafted)
+        counts[1] += num_accepted < num_drafted
 
     def finish_request(self, request_id: str) -> None:
         """Forget a finished request."""

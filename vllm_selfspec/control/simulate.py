@@ -36,6 +36,7 @@ class Workload:
         context_tokens: prompt tokens that attention sees.
         arrivals: seconds at which requests arrive, 0 for a rollout.
         acceptance: probability that a draft token is accepted, per request.
+        rejection_ratio: how many times as often drafts of the light view are rejected, where the drafter has one.
         max_num_seqs: requests that run together at most.
         max_batched_tokens: token budget of one step.
     """
@@ -45,6 +46,7 @@ class Workload:
     context_tokens: IntArray
     arrivals: Array
     acceptance: Array
+    rejection_ratio: float = 1.0
     max_num_seqs: int = 256
     max_batched_tokens: int = 8192
 
@@ -70,6 +72,7 @@ def rollout_workload(
     *,
     acceptance: float,
     acceptance_spread: float = 0.0,
+    rejection_ratio: float = 1.0,
     prompt_tokens: int = 256,
     samples_per_prompt: int = 8,
     max_num_seqs: int = 256,
@@ -98,6 +101,7 @@ def rollout_workload(
         context_tokens=np.full(count, prompt_tokens),
         arrivals=arrivals,
         acceptance=rates,
+        rejection_ratio=rejection_ratio,
         max_num_seqs=max_num_seqs,
     )
 
@@ -111,12 +115,16 @@ class Policy(Protocol):
         """A new rollout begins on the same engine."""
         ...
 
-    def draft_length(self, state: StepState) -> int:
-        """γ of the step being scheduled."""
+    def choose(self, state: StepState) -> tuple[int, bool]:
+        """γ of the step being scheduled, and whether the light view drafts."""
         ...
 
-    def observe(self, observation: StepObservation, drafted: IntArray, accepted: IntArray) -> None:
-        """The step is over: its duration, and per decoding request what was verified and accepted."""
+    def observe(self, observation: StepObservation, drafted: IntArray, accepted: IntArray, light: bool) -> None:
+        """The step is over: its duration, and per decoding request what was verified and accepted.
+
+        Args:
+            light: what was verified came from the light view.
+        """
         ...
 
 
@@ -128,11 +136,11 @@ class PlainPolicy:
     def start_rollout(self) -> None:
         """Nothing to reset."""
 
-    def draft_length(self, state: StepState) -> int:
+    def choose(self, state: StepState) -> tuple[int, bool]:
         """Always 0."""
-        return 0
+        return 0, False
 
-    def observe(self, observation: StepObservation, drafted: IntArray, accepted: IntArray) -> None:
+    def observe(self, observation: StepObservation, drafted: IntArray, accepted: IntArray, light: bool) -> None:
         """Learns nothing."""
 
 
@@ -143,9 +151,9 @@ class FixedPolicy(PlainPolicy):
         self.num_draft_tokens = num_draft_tokens
         self.name = f"fixed γ={num_draft_tokens}"
 
-    def draft_length(self, state: StepState) -> int:
+    def choose(self, state: StepState) -> tuple[int, bool]:
         """The fixed number."""
-        return self.num_draft_tokens
+        return self.num_draft_tokens, False
 
 
 class StaticTablePolicy(PlainPolicy):
@@ -163,9 +171,9 @@ class StaticTablePolicy(PlainPolicy):
             for batch in range(low, min(high, max_batch + 1)):
                 self.table[batch] = best
 
-    def draft_length(self, state: StepState) -> int:
+    def choose(self, state: StepState) -> tuple[int, bool]:
         """The table's entry."""
-        return self.table[min(state.num_decode, len(self.table) - 1)]
+        return self.table[min(state.num_decode, len(self.table) - 1)], False
 
 
 class ReferencePolicy:
@@ -216,20 +224,20 @@ class ReferencePolicy:
         self._drafts = self._accepted = 0
         self._fired = self._seen_full = False
 
-    def draft_length(self, state: StepState) -> int:
+    def choose(self, state: StepState) -> tuple[int, bool]:
         """0 until the latch has fired, then the ladder's γ."""
         gamma = self.ladder[self._rung]
         if not self._fired:
             if not self._seen_full:
                 self._seen_full = state.num_decode > self.ramp
-                return 0
+                return 0, False
             if state.num_decode == 0:
-                return 0
+                return 0, False
             speedup = self.cost.speedup(state.num_decode, state.mean_context, gamma, self._acceptance_length)
             self._fired = bool(speedup >= 1.0 + self.margin)
-        return gamma if self._fired else 0
+        return gamma if self._fired else 0, False
 
-    def observe(self, observation: StepObservation, drafted: IntArray, accepted: IntArray) -> None:
+    def observe(self, observation: StepObservation, drafted: IntArray, accepted: IntArray, light: bool) -> None:
         """Count drafts and acceptances of the rollout."""
         verified = drafted > 0
         self._drafts += int(verified.sum())
@@ -247,16 +255,17 @@ class ControllerPolicy:
     def start_rollout(self) -> None:
         """The controller needs no reset between rollouts."""
 
-    def draft_length(self, state: StepState) -> int:
+    def choose(self, state: StepState) -> tuple[int, bool]:
         """The controller's decision."""
-        return self.controller.decide(state).num_draft_tokens
+        decision = self.controller.decide(state)
+        return decision.num_draft_tokens, bool(decision.light)
 
-    def observe(self, observation: StepObservation, drafted: IntArray, accepted: IntArray) -> None:
+    def observe(self, observation: StepObservation, drafted: IntArray, accepted: IntArray, light: bool) -> None:
         """Pass everything on, as the scheduler does."""
         self.controller.observe_step(observation)
         for num_drafted, num_accepted in zip(drafted.tolist(), accepted.tolist(), strict=True):
             if num_drafted:
-                self.controller.observe_acceptance(num_drafted, num_accepted)
+                self.controller.observe_acceptance(num_drafted, num_accepted, light=light)
 
 
 class OraclePolicy(PlainPolicy):
@@ -264,17 +273,28 @@ class OraclePolicy(PlainPolicy):
 
     name = "oracle"
 
-    def __init__(self, clock: Clock, max_draft_tokens: int, acceptance: float) -> None:
+    def __init__(self, clock: Clock, max_draft_tokens: int, acceptance: float, rejection_ratio: float = 1.0) -> None:
         self.clock = clock
-        self.tokens = acceptance_length(np.arange(max_draft_tokens + 1), min(acceptance, 1.0 - 1e-9)).tolist()
+        views = {False: 1.0, True: rejection_ratio} if clock.cost.has_light_view else {False: 1.0}
+        self.tokens = {light: self._tokens(max_draft_tokens, acceptance, ratio) for light, ratio in views.items()}
 
-    def draft_length(self, state: StepState) -> int:
-        """The γ with the highest true rate."""
+    @staticmethod
+    def _tokens(max_draft_tokens: int, acceptance: float, rejection_ratio: float) -> list[float]:
+        rate = 1.0 - max(1e-9, min(1.0, rejection_ratio * (1.0 - acceptance)))
+        tokens: list[float] = acceptance_length(np.arange(max_draft_tokens + 1), rate).tolist()
+        return tokens
+
+    def choose(self, state: StepState) -> tuple[int, bool]:
+        """The γ and the view with the highest true rate."""
         if state.num_decode <= 0:
-            return 0
+            return 0, False
         times = self.clock.times(state.num_decode, state.mean_context)
-        rates = [tokens / (gamma * times.draft + times.verify[gamma]) for gamma, tokens in enumerate(self.tokens)]
-        return max(range(len(rates)), key=rates.__getitem__)
+        rates = {
+            (gamma, light): gained / (gamma * times.of_draft(light) + times.verify[gamma])
+            for light, tokens in self.tokens.items()
+            for gamma, gained in enumerate(tokens)
+        }
+        return max(rates, key=rates.__getitem__)
 
 
 class Clock:
@@ -292,7 +312,9 @@ class Clock:
             found = self._cache[key] = self.cost.step_times(batch, 2.0 ** (key[1] / 8.0), self.max_draft_tokens)
         return found
 
-    def seconds(self, batch: int, seq: float, verified: float, drafted: int, prefill: int) -> float:
+    def seconds(
+        self, batch: int, seq: float, verified: float, drafted: int, prefill: int, light: bool = False
+    ) -> float:
         """One step: forward over verified + 1 rows for each of `batch` requests and `prefill` rows, then drafts."""
         noise = math.exp(self.noise * self._rng.standard_normal()) if self.noise else 1.0
         if batch == 0:
@@ -304,7 +326,7 @@ class Clock:
         forward = times.verify[low] + (verified - low) * (times.verify[high] - times.verify[low])
         if prefill:
             forward = max(forward, (batch * (verified + 1.0) + prefill) * times.per_row)
-        return noise * (forward + drafted * times.draft)
+        return noise * (forward + drafted * times.of_draft(light))
 
 
 @dataclass
@@ -333,6 +355,7 @@ def simulate_rollout(workload: Workload, policy: Policy, clock: Clock, rng: np.r
     context = np.empty(0, dtype=np.int64)
     prefill_left = np.empty(0, dtype=np.int64)
     drafts = np.empty(0, dtype=np.int64)
+    drafts_light = False
     rates = np.empty(0)
     arrived = np.empty(0)
     lengths: Counter[int] = Counter()
@@ -375,12 +398,13 @@ def simulate_rollout(workload: Workload, policy: Policy, clock: Clock, rng: np.r
             pending_prefill_tokens=min(workload.max_batched_tokens, int(prefill_left.sum())),
             draft_caps=tuple(np.maximum(0, short).tolist()),
         )
-        gamma = min(policy.draft_length(state), clock.max_draft_tokens) if can_draft else 0
+        gamma, light = policy.choose(state) if can_draft else (0, False)
+        gamma = min(gamma, clock.max_draft_tokens)
         verified = float(drafts[decoding].mean()) if batch else 0.0
         draft_batch = can_draft if gamma else batch
         seconds = clock.seconds(batch, mean_context, verified, 0, prefill)
         if gamma:
-            seconds += gamma * clock.times(draft_batch, mean_context).draft
+            seconds += gamma * clock.times(draft_batch, mean_context).of_draft(light)
         now += seconds
         steps += 1
         lengths[gamma] += 1
@@ -389,14 +413,17 @@ def simulate_rollout(workload: Workload, policy: Policy, clock: Clock, rng: np.r
         accepted = np.zeros(len(remaining), dtype=np.int64)
         live = drafts > 0
         if live.any():
-            failures = np.maximum(1.0 - rates[live], 1e-12)
+            ratio = workload.rejection_ratio if drafts_light else 1.0
+            failures = np.clip(ratio * (1.0 - rates[live]), 1e-12, 1.0)
             accepted[live] = np.minimum(rng.geometric(failures) - 1, drafts[live])
         produced = np.where(sampled, np.minimum(accepted + 1, remaining), 0)
         policy.observe(
-            StepObservation(seconds, batch, mean_context, verified, gamma, prefill),
+            StepObservation(seconds, batch, mean_context, verified, gamma, prefill, light=light),
             drafts[decoding],
             accepted[decoding],
+            drafts_light,
         )
+        drafts_light = light if gamma else drafts_light
         num_drafted += int(drafts.sum())
         num_accepted += int(accepted.sum())
         tokens += int(produced.sum())
@@ -509,17 +536,21 @@ def standard_policies(
     acceptance: float = 0.98,
     max_batch: int = 256,
     mean_context: int = 2048,
+    rejection_ratio: float = 1.0,
     settings: ControlSettings | None = None,
 ) -> Callable[[Clock], dict[str, Policy]]:
-    """The comparison of the docs: plain, fixed lengths, static table, the reference's controller, ours, an oracle."""
-    chosen = settings or ControlSettings(max_draft_tokens=max_draft_tokens)
+    """The comparison of the docs: plain, fixed lengths, static table, the reference's controller, ours, an oracle.
+
+    On a profile of a drafter with two views, ours and the oracle choose between them.
+    """
+    chosen = settings or ControlSettings(max_draft_tokens=max_draft_tokens, light_view=cost.has_light_view)
 
     def build(clock: Clock) -> dict[str, Policy]:
         team: list[Policy] = [PlainPolicy(), *(FixedPolicy(gamma) for gamma in fixed)]
         team.append(StaticTablePolicy(cost, max_draft_tokens, max_batch, seq=mean_context, acceptance=acceptance))
         team.append(ReferencePolicy(cost))
         team.append(ControllerPolicy(chosen, cost, max_batch))
-        team.append(OraclePolicy(clock, max_draft_tokens, acceptance))
+        team.append(OraclePolicy(clock, max_draft_tokens, acceptance, rejection_ratio))
         return {policy.name: policy for policy in team}
 
     return build
@@ -531,7 +562,8 @@ def predict_recorded(recording: Mapping[str, Any], cost: CostModel, *, seed: int
     Args:
         recording: `output_lengths` (tokens per request); optional `prompt_lengths` (default 64), `max_num_seqs`
             (default all at once), `mode` ("plain", "fixed" or "adaptive", default "plain"), `num_speculative_tokens`
-            (default 7), `acceptance` per drafted token (default 0.97), `makespan` (measured seconds), `step_seconds`.
+            (default 7), `acceptance` per drafted token (default 0.97), `rejection_ratio` of the light view (default
+            1.8) on a profile that has one, `makespan` (measured seconds), `step_seconds`.
         cost: the profile of the machine it ran on.
         seed: of the acceptance draws.
 
@@ -554,13 +586,16 @@ def predict_recorded(recording: Mapping[str, Any], cost: CostModel, *, seed: int
         context_tokens=prompts,
         arrivals=np.zeros(len(lengths)),
         acceptance=np.full(len(lengths), float(recording.get("acceptance", 0.97))),
+        rejection_ratio=float(recording.get("rejection_ratio", 1.8)),
         max_num_seqs=batch,
     )
     mode = recording.get("mode", "plain")
     policies: dict[str, Callable[[], Policy]] = {
         "plain": PlainPolicy,
         "fixed": lambda: FixedPolicy(gamma),
-        "adaptive": lambda: ControllerPolicy(ControlSettings(max_draft_tokens=gamma), cost, batch),
+        "adaptive": lambda: ControllerPolicy(
+            ControlSettings(max_draft_tokens=gamma, light_view=cost.has_light_view), cost, batch
+        ),
     }
     if mode not in policies:
         raise ValueError(f"mode of the recording is {mode!r}: give one of {', '.join(policies)}.")
@@ -614,8 +649,9 @@ def scale_cost_model(
 
     points: list[Point] = []
     for point in cost.points:
-        line = cost.draft_roofline if point.component == "draft" else cost.target_roofline
-        rows = point.batch * {"draft": 1, "prefill": point.seq}.get(point.component, point.num_draft_tokens + 1)
+        line = cost.draft_roofline if point.component in ("draft", "light") else cost.target_roofline
+        each = {"draft": 1, "light": 1, "prefill": point.seq}
+        rows = point.batch * each.get(point.component, point.num_draft_tokens + 1)
         at = np.array(float(point.batch)), np.array(float(point.seq)), np.array(float(rows))
         ratio = float(scaled(line).time(*at) / line.time(*at))
         points.append(replace(point, seconds=point.seconds * ratio + extra_seconds))

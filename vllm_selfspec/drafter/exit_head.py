@@ -68,11 +68,11 @@ class ExitHead(nn.Module):
 class _Quantized(nn.Module):
     """A linear layer at the drafter's precision."""
 
-    def __init__(self, weight: torch.Tensor, precision: Precision, few_rows: bool) -> None:
+    def __init__(self, weight: torch.Tensor, precision: Precision, light: bool) -> None:
         super().__init__()
         from vllm_selfspec.drafter.quantize import quantize
 
-        self.state = quantize(weight, precision).at(few_rows)
+        self.state = quantize(weight, precision).at(light)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.state.apply(x, None)
@@ -107,7 +107,7 @@ def read_info(path: str) -> ExitHeadInfo:
 
 
 def load(
-    path: str, precision: Precision, few_rows: bool, dtype: torch.dtype, device: torch.device
+    path: str, precision: Precision, light: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[ExitHead, Callable[[], None]]:
     """The head at `path`, ready to draft: its matrices at the drafter's precision, the rest in the model's dtype.
 
@@ -119,7 +119,7 @@ def load(
     head.load_state_dict(saved)
     head = head.to(device=device, dtype=dtype).requires_grad_(False)
     if precision != "native":
-        head.up, head.down = (_Quantized(layer.weight, precision, few_rows) for layer in (head.up, head.down))
+        head.up, head.down = (_Quantized(layer.weight, precision, light) for layer in (head.up, head.down))
 
     def restore() -> None:
         head.norm.copy_(saved["norm"])

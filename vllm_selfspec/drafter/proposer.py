@@ -48,6 +48,19 @@ def runner_init(original: Callable[..., None], self: Any, vllm_config: VllmConfi
     self.rejection_sampler.selfspec_scratch = RejectionScratch()
 
 
+def propose_draft_token_ids(original: Callable[..., Any], self: Any, scheduler_output: Any, *args: Any) -> Any:
+    """`GPUModelRunner.propose_draft_token_ids`, with the view that the scheduler has chosen."""
+    if isinstance(self.drafter, SelfDraftProposer):
+        self.drafter.model.light = getattr(scheduler_output, "selfspec_light", None)
+    return original(self, scheduler_output, *args)
+
+
+def selfspec_light_view(self: Any) -> bool:
+    """Worker method, for `collective_rpc("selfspec_light_view")`: the drafter has a light view to choose."""
+    drafter = getattr(self.model_runner, "drafter", None)
+    return isinstance(drafter, SelfDraftProposer) and drafter.model.has_light_view
+
+
 def verified_draft_probs(
     original: Callable[..., torch.Tensor | None], self: Any, spec_decode_metadata: Any
 ) -> torch.Tensor | None:
@@ -148,13 +161,16 @@ class SelfDraftProposer(DraftModelProposer):
 
     @torch.inference_mode()
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Run each of the view's stacks once, on no more rows than it will ever see: one per request."""
+        """Run each view once, on no more rows than it will ever see: one per request."""
         self.num_speculative_tokens = 1
-        for rows in {2, max(2, min(num_tokens, self.max_batch_size))}:
-            if self._runner.lora_config:
-                # The target's mapping is of more rows, which the adapters' kernels would read.
-                self._runner._set_active_loras((0,) * rows, (0,) * rows, set())
+        rows = max(2, min(num_tokens, self.max_batch_size))
+        if self._runner.lora_config:
+            # The target's mapping is of more rows, which the adapters' kernels would read.
+            self._runner._set_active_loras((0,) * rows, (0,) * rows, set())
+        for light in (False, True) if self.model.has_light_view else (None,):
+            self.model.light = light
             super().dummy_run(rows, *args, **kwargs)
+        self.model.light = None
         self.num_speculative_tokens = self.speculative_config.num_speculative_tokens
 
     def _allocated_tokens(self, batch_size: int) -> torch.Tensor:

@@ -18,7 +18,8 @@ from vllm_selfspec.drafter.cpu_kernels import own_kernels
 INT4_GROUP = 64
 
 FEW_ROWS = 3
-"""ATen's int4 kernel works in blocks of four rows, and its time grows with each: up to here it beats int8."""
+"""Up to so many rows the light view drafts where nobody chooses: there fewer bits gain most. (ATen's int4 kernel works
+in blocks of four rows.)"""
 
 
 class QuantizedLinear(ABC):
@@ -40,8 +41,8 @@ class QuantizedLinear(ABC):
     def nbytes(self) -> int:
         """Bytes that the quantized weight occupies."""
 
-    def at(self, few_rows: bool) -> QuantizedLinear:
-        """The weight as it is best applied to few rows (up to `FEW_ROWS`), or to more."""
+    def at(self, light: bool) -> QuantizedLinear:
+        """The weight as the light view uses it, or the main one."""
         return self
 
 
@@ -156,32 +157,34 @@ class CpuInt4Linear(QuantizedLinear):
 
 
 class CpuMixedLinear(QuantizedLinear):
-    """int4 for few rows and int8 for more, both kept."""
+    """int8 for the main view and int4 for the light one."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self._few, self._many = quantize(weight, "int4"), quantize(weight, "int8")
+        self._main, self._light = quantize(weight, "int8"), quantize(weight, "int4")
 
     def refresh(self, weight: torch.Tensor) -> None:
-        self._few.refresh(weight)
-        self._many.refresh(weight)
+        self._main.refresh(weight)
+        self._light.refresh(weight)
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self.at(x.numel() // x.shape[-1] <= FEW_ROWS).apply(x, bias)
+        return self._main.apply(x, bias)
 
     @property
     def nbytes(self) -> int:
-        return self._few.nbytes + self._many.nbytes
+        return self._main.nbytes + self._light.nbytes
 
-    def at(self, few_rows: bool) -> QuantizedLinear:
-        return self._few if few_rows else self._many
+    def at(self, light: bool) -> QuantizedLinear:
+        return self._light if light else self._main
 
 
 def default_precision(device_type: str) -> Precision:
-    """The cheapest precision that this platform's kernels support."""
+    """The cheapest precision that this platform's kernels support; both where either may be the better one."""
     if device_type == "cpu":
         from vllm import _custom_ops as ops
 
-        return "int8" if ops._supports_onednn or own_kernels() else "native"
+        if own_kernels():
+            return "int4+int8"
+        return "int8" if ops._supports_onednn else "native"
     from vllm_selfspec.drafter.quantize_cuda import default_cuda_precision
 
     return default_cuda_precision()

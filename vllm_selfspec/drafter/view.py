@@ -146,8 +146,8 @@ class DraftBackbone(_Backbone):
 
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
-class FewRowsBackbone(_Backbone):
-    """The same for few rows: a class and a `forward` of its own, because vLLM finds compiled graphs by them."""
+class LightBackbone(_Backbone):
+    """The same of the light view: a class and a `forward` of its own, because vLLM finds compiled graphs by them."""
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, hidden_size] after the final norm, of tokens [T] at positions [T]."""
@@ -166,7 +166,7 @@ class DraftModel(nn.Module):
         heads: Sequence[nn.Module],
         attentions: cpu_attention.DraftAttentions | None = None,
     ) -> None:
-        """From one stack and head, or from two: the first for many rows, the second for few.
+        """From one stack and head, or from two of either: the first of the main view, the last of the light one.
 
         Args:
             attentions: of the stacks; None where their attention layers are the target's own.
@@ -175,16 +175,28 @@ class DraftModel(nn.Module):
         self.backbones = nn.ModuleList(backbones)
         self._heads = tuple(heads)  # not registered: their parameters are the target's
         self.attentions = attentions
+        self.light: bool | None = None
+        """Which view runs, where there are two; None: the light one while it has few rows."""
+
+    @property
+    def has_light_view(self) -> bool:
+        """True where stacks or heads are two."""
+        return len(self.backbones) > 1 or len(self._heads) > 1
+
+    def _runs(self, rows: int) -> int:
+        """Index of the stack and of the head that run."""
+        light = rows <= FEW_ROWS if self.light is None else self.light
+        return -1 if light else 0
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
         assert inputs_embeds is None, "the self-drafter embeds its own tokens"
-        return self.backbones[-1 if len(input_ids) <= FEW_ROWS else 0](input_ids, positions)
+        return self.backbones[self._runs(len(input_ids))](input_ids, positions)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [T, vocab_size] of hidden states [T, hidden_size]."""
-        return self._heads[-1 if len(hidden_states) <= FEW_ROWS else 0].compute_logits(hidden_states)
+        return self._heads[self._runs(len(hidden_states))].compute_logits(hidden_states)
 
 
 def build_view(
@@ -227,11 +239,11 @@ def build_view(
     shared = [m for layer in chosen for m in layer.modules() if isinstance(m, AttentionLayerBase)]
     attentions = cpu_attention.DraftAttentions() if begins_batches and cpu_attention.usable_for(shared) else None
 
-    def backbone(few_rows: bool) -> nn.Module:
+    def backbone(light: bool) -> nn.Module:
         def replace(module: nn.Module) -> nn.Module:
             if weights != "native" and is_quantizable(module):
                 clone = shallow_copy(module)
-                clone.quant_method = DrafterLinearMethod(tap.state(module).at(few_rows))
+                clone.quant_method = DrafterLinearMethod(tap.state(module).at(light))
                 return clone
             if attentions is not None and isinstance(module, Attention):
                 return attentions.copy_of(module)
@@ -241,24 +253,24 @@ def build_view(
         decoder.layers = nn.ModuleList(copy_with(layer, replace) for layer in chosen)
         if exit_head is not None:
             device = next(top.parameters()).device
-            trained, restore = load_exit_head(exit_head, weights, few_rows, vllm_config.model_config.dtype, device)
+            trained, restore = load_exit_head(exit_head, weights, light, vllm_config.model_config.dtype, device)
             decoder.layers.append(trained)
             tap.restore_too(restore)
         decoder.start_layer, decoder.end_layer = 0, len(decoder.layers)
-        kind, tag = (FewRowsBackbone, "selfspec_drafter_few_rows") if few_rows else (DraftBackbone, "selfspec_drafter")
+        kind, tag = (LightBackbone, "selfspec_drafter_light") if light else (DraftBackbone, "selfspec_drafter")
         with set_current_vllm_config(vllm_config), set_model_tag(tag):
             return kind(vllm_config=vllm_config, decoder=decoder)
 
-    def head(few_rows: bool) -> nn.Module:
+    def head(light: bool) -> nn.Module:
         if logits_layer is None:
             return shallow_copy(top)
         quantized = shallow_copy(logits_layer)
-        quantized.quant_method = DrafterLinearMethod(tap.state(logits_layer, lm_head).at(few_rows))
+        quantized.quant_method = DrafterLinearMethod(tap.state(logits_layer, lm_head).at(light))
         return with_submodule(top, lm_head_path(top), quantized)
 
     model = DraftModel(
-        [backbone(few_rows) for few_rows in ([False, True] if weights == "int4+int8" else [False])],
-        [head(few_rows) for few_rows in ([False, True] if lm_head == "int4+int8" else [False])],
+        [backbone(light) for light in ([False, True] if weights == "int4+int8" else [False])],
+        [head(light) for light in ([False, True] if lm_head == "int4+int8" else [False])],
         attentions,
     )
     return model, {attention.layer_name for attention in shared}
