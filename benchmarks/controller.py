@@ -3,10 +3,11 @@
     eval "$(python -m vllm_selfspec.engine_env)"
     python benchmarks/controller.py MODEL --out controller.json
 
-One engine in this process; before each round its controller is exchanged: never draft, always draft γ, adaptive. The
-rounds alternate, each beginning with another mode, so a machine whose speed drifts treats all alike; figures are
-medians of the round-by-round ratios to "never draft". That is plain decoding with the plugin loaded:
-`vllm-selfspec rollout --control '{"mode": "off"}'` measures how far it is from vLLM without the flag.
+One engine in this process; before each round its controller is exchanged: never draft, always draft γ (with the main
+view), adaptive, and, where the drafter has a light view, adaptive without it. The rounds alternate, each beginning with
+another mode, so a machine whose speed drifts treats all alike; figures are medians of the round-by-round ratios to
+"never draft". That is plain decoding with the plugin loaded: `vllm-selfspec rollout --control '{"mode": "off"}'`
+measures how far it is from vLLM without the flag.
 
 The rounds are also predicted by the simulator, from the lengths that came out, a profile and the acceptance that was
 seen: predicted over measured makespan, median of the rounds. Beside it, the same for the very steps that were taken,
@@ -22,6 +23,7 @@ import os
 import random
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -30,7 +32,7 @@ import numpy as np
 from vllm import LLM, SamplingParams
 
 from vllm_selfspec.control.cost_model import CostModel
-from vllm_selfspec.control.policy import Controller, ControlSettings, StepObservation
+from vllm_selfspec.control.policy import Controller, ControlSettings, Decision, StepObservation, StepState
 from vllm_selfspec.control.simulate import Clock, predict_recorded
 from vllm_selfspec.live_profile import points_of, run_batch
 from vllm_selfspec.prompts import embedded_prompts
@@ -41,7 +43,8 @@ def error_of_steps(steps: list[StepObservation], profile: CostModel) -> float:
     """Predicted over measured seconds of all steps together, minus 1."""
     clock = Clock(profile, max(step.num_drafted for step in steps) or 1, 0.0, np.random.default_rng(0))
     predicted = (
-        clock.seconds(s.num_decode, s.mean_context, s.num_verified, s.num_drafted, s.prefill_tokens) for s in steps
+        clock.seconds(s.num_decode, s.mean_context, s.num_verified, s.num_drafted, s.prefill_tokens, s.light)
+        for s in steps
     )
     return math.fsum(predicted) / math.fsum(step.seconds for step in steps) - 1.0
 
@@ -49,6 +52,14 @@ def error_of_steps(steps: list[StepObservation], profile: CostModel) -> float:
 def error_of_makespan(recording: dict[str, Any], profile: CostModel) -> float:
     """Simulated over measured makespan, minus 1; the mean over 20 draws of which drafts are accepted."""
     return statistics.fmean(predict_recorded(recording, profile, seed=seed)["error"] for seed in range(20))
+
+
+class MainView(Controller):
+    """Leaves the light view out of a drafter that has one."""
+
+    def decide(self, state: StepState) -> Decision:
+        """With the main view, whatever the draft length."""
+        return replace(super().decide(state), light=False)
 
 
 def long_tailed_rollout(most: int) -> tuple[str, int, list[SamplingParams]]:
@@ -73,7 +84,7 @@ def main() -> None:
     parser.add_argument("--rollout-tokens", type=int, default=256, help="most tokens of a request in it; 0: no rollout")
     parser.add_argument("--interleave", action="store_true", help="calibrate again in every round, to predict from")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--drafter", type=json.loads, default={}, help='such as {"weights": "int4+int8"}')
+    parser.add_argument("--drafter", type=json.loads, default={}, help='such as {"weights": "int8"}')
     parser.add_argument("--out", default="controller.json")
     args = parser.parse_args()
 
@@ -85,9 +96,12 @@ def main() -> None:
     adaptive = scheduler._controller
     modes = {"off": Controller(ControlSettings(mode="off"))}
     for gamma in args.fixed:
-        modes[f"fixed {gamma}"] = Controller(ControlSettings(max_draft_tokens=gamma, mode="fixed"))
+        modes[f"fixed {gamma}"] = MainView(ControlSettings(max_draft_tokens=gamma, mode="fixed"))
     modes["adaptive"] = adaptive
     profile = adaptive.times.cost_model
+    if adaptive.settings.light_view:
+        alone = replace(adaptive.settings, light_view=False)
+        modes["adaptive main"] = MainView(alone, profile, max_batch=scheduler.max_num_running_reqs)
     prompts = embedded_prompts()
 
     def run(mode: str, batch: int, params: SamplingParams | list[SamplingParams]) -> dict[str, Any]:
@@ -114,6 +128,8 @@ def main() -> None:
             "prompt_lengths": [len(output.prompt_token_ids) for output in outputs],
             "num_speculative_tokens": modes[mode].settings.max_draft_tokens,
             "max_num_seqs": batch,
+            "light_view": controller.settings.light_view,
+            "rejection_ratio": adaptive.rejection_ratio.ratio,
         }
 
     def tokens_per_second(recording: dict[str, Any]) -> float:
@@ -133,7 +149,8 @@ def main() -> None:
             order.append(order.pop(0))
             if args.interleave:
                 for size in sizes:
-                    calibrations[size].append(run_batch(core, size, sorted({1, *args.fixed, longest})))
+                    lengths, light_view = sorted({1, *args.fixed, longest}), adaptive.settings.light_view
+                    calibrations[size].append(run_batch(core, size, lengths, light_view=light_view))
         points = [point for size, made in calibrations.items() for point in points_of(made, size)]
         profiles = {"at the start": profile}
         if points:
@@ -142,7 +159,11 @@ def main() -> None:
         ratios = {m: statistics.median(a / b for a, b in zip(r, rates["off"], strict=True)) for m, r in rates.items()}
         text = {m: f"{statistics.median(rates[m]):.1f} tok/s {ratio:.2f}x" for m, ratio in ratios.items()}
         acceptance = statistics.mean(modes[f"fixed {max(args.fixed)}"].acceptance.rates())
-        print(label, text, f"acceptance {acceptance:.3f}", flush=True)
+        light = [step.light for recording in recordings["adaptive"] for step in recording["steps"] if step.num_drafted]
+        share, ratio = statistics.fmean(light or [0]), adaptive.rejection_ratio.ratio
+        print(
+            label, text, f"acceptance {acceptance:.3f}, light {share:.0%}, rejected {ratio:.2f}x as often", flush=True
+        )
         errors: dict[str, dict[str, dict[str, float]]] = {}
         for name, times in profiles.items():
             errors[name] = {"makespan": {}, "steps": {}}
@@ -159,6 +180,8 @@ def main() -> None:
             "tokens_per_second": rates,
             "ratio_to_off": ratios,
             "acceptance": acceptance,
+            "light_share": share,
+            "rejection_ratio": ratio,
             "errors": errors,
         }
 

@@ -22,7 +22,6 @@ from vllm.sampling_params import RequestOutputKind
 
 from vllm_selfspec.control.policy import Controller, Decision
 from vllm_selfspec.drafter.quantize import QuantizedLinear
-from vllm_selfspec.drafter.quantize_rows import RowsLinear
 from vllm_selfspec.scheduler import SelfSpecScheduling
 
 BLOCK = 32
@@ -132,12 +131,13 @@ class Watch:
         return self.accepted / self.drafted
 
 
-def watch(llm: LLM, draft_length: Callable[[], int] | None = None) -> Watch:
+def watch(llm: LLM, draft_length: Callable[[], int] | None = None, light: Callable[[], bool] | None = None) -> Watch:
     """Count what the engine does from now on.
 
     Args:
         llm: an in-process engine.
         draft_length: if given, called in every step for the number of tokens to draft.
+        light: if given, called in every step for the view that drafts, where the drafter has two.
     """
     seen = Watch()
     scheduler = scheduler_of(llm)
@@ -156,7 +156,9 @@ def watch(llm: LLM, draft_length: Callable[[], int] | None = None) -> Watch:
     def decide(state: Any) -> Decision:
         decision = Controller.decide(controller, state)
         if draft_length is not None:
-            decision = replace(decision, num_draft_tokens=draft_length())
+            decision = replace(decision, num_draft_tokens=draft_length(), times=(), tokens=())
+        if light is not None:
+            decision = replace(decision, light=light())
         seen.lengths.append(decision.num_draft_tokens)
         return decision
 
@@ -172,6 +174,12 @@ def random_lengths(seed: int, longest: int = 8) -> Callable[[], int]:
     """Draft lengths 0..longest in random order, always the same for the same seed."""
     generator = random.Random(seed)
     return lambda: generator.randint(0, longest)
+
+
+def random_views(seed: int) -> Callable[[], bool]:
+    """The light view or not, at random, always the same for the same seed."""
+    generator = random.Random(seed)
+    return lambda: generator.random() < 0.5
 
 
 @dataclass(frozen=True)
@@ -242,5 +250,5 @@ def generate(llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams)
 
 def addresses(state: QuantizedLinear) -> list[int]:
     """Where the buffers of a drafter's int8 weight lie."""
-    tensors = state._tensors if isinstance(state, RowsLinear) else (state._handler.handler_tensor,)
+    tensors = getattr(state, "_tensors", None) or (state._handler.handler_tensor,)
     return [tensor.data_ptr() for tensor in tensors]

@@ -18,6 +18,7 @@ from vllm_selfspec.drafter.quantize_rows import (
     RowsInt4Linear,
     RowsInt8Linear,
     RowsLinear,
+    TwoViewsLinear,
 )
 from vllm_selfspec.provenance import cpu_fact
 
@@ -225,6 +226,33 @@ def test_drawn_tokens_are_those_of_the_cumulative_sum(rows: int, tokens: int) ->
         assert (below.gather(1, drawn[:, None])[:, 0] <= at + 1e-12 * tokens).all()
         assert (cumulative.gather(1, drawn[:, None])[:, 0] >= at - 1e-12 * tokens).all()
     assert drawn[0] == tokens // 2
+
+
+@pytest.mark.parametrize("avx512", [False, True])
+def test_one_compiled_graph_holds_both_views(avx512: bool) -> None:
+    main, lighter = (Avx512Int8Linear, Avx512Int4Linear) if avx512 else (RowsInt8Linear, RowsInt4Linear)
+    if main not in KINDS:
+        pytest.skip("needs AVX-512 and VNNI")
+    weight, x, bias = weight_of((35, 72)), rows_of(3, 72, torch.float32), rows_of(1, 35, torch.float32)[0]
+    light = torch.zeros(1, dtype=torch.bool)
+    views = TwoViewsLinear(weight, light, avx512)
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(views.apply, backend=backend, dynamic=True)
+    for new in (weight, 2 * weight):
+        views.refresh(new)
+        for is_light, kind in ((False, main), (True, lighter), (False, main)):
+            light.fill_(is_light)
+            expected = kind(new)
+            assert torch.equal(compiled(x, bias), expected.apply(x, bias))
+            assert views.nbytes_read == expected.nbytes
+    assert len(graphs) == 1
+    assert views.nbytes == main(weight).nbytes + lighter(weight).nbytes
 
 
 @pytest.mark.parametrize("kind", KINDS)

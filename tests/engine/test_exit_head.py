@@ -106,7 +106,7 @@ def test_a_refresh_writes_the_head_again(
     """Deep sleep discards what the drafter has on a GPU, and no update of the target brings the head back."""
     drafter: dict[str, Any] = {"weights": weights, "lm_head": "native", "exit_layer": LAYER, "exit_head": trained[0]}
     with engine(tiny("llama"), {"drafter": drafter, "control": {"mode": "fixed"}}) as llm:
-        head = drafter_of(llm).model.backbones[0].decoder.layers[-1]
+        head = drafter_of(llm).model.backbone.decoder.layers[-1]
         x = torch.randn(3, HIDDEN)
         before = head.change(x)
         head.norm.zero_()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from engines import BLOCK, Job, drive, engine, greedy, random_lengths, random_prompt, texts, watch
+from engines import BLOCK, Job, drive, engine, greedy, random_lengths, random_prompt, random_views, texts, watch
 from vllm import RequestOutput, SamplingParams
 
 MAX_MODEL_LEN = 5 * BLOCK
@@ -133,7 +133,7 @@ def test_equals_plain_decoding(
 ) -> None:
     with engine(tiny("llama"), selfspec(drafter), enable_prefix_caching=prefix_caching, **TIGHT) as llm:
         for number, (name, (jobs, expected)) in enumerate(plain.items()):
-            seen = watch(llm, random_lengths(number, LONGEST))
+            seen = watch(llm, random_lengths(number, LONGEST), random_views(number))
             got = drive(llm, jobs)
             assert texts(got) == texts(expected), name
             assert set(range(LONGEST + 1)) >= set(seen.lengths) and len(set(seen.lengths)) > 5

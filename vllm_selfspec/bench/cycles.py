@@ -290,8 +290,8 @@ def _weight_bytes(runner: Any, drafts: bool) -> dict[str, int | None]:
     }
     if drafts:
         draft_model = runner.drafter.model
-        sizes["draft forward"] = stack_bytes(draft_model.backbones[-1].decoder.layers)
-        sizes["draft head"] = linear_bytes(draft_model._heads[-1].get_submodule(lm_head_path(top)))
+        sizes["draft forward"] = stack_bytes(draft_model.backbone.decoder.layers)
+        sizes["draft head"] = linear_bytes(draft_model._head[0].get_submodule(lm_head_path(top)))
     return sizes
 
 
@@ -304,10 +304,10 @@ def stack_bytes(layers: Any) -> int | None:
 
 
 def linear_bytes(module: Any) -> int:
-    """Bytes of one module's own weights, packed or quantized ones included."""
+    """Bytes of one module's own weights that a product reads, packed or quantized ones included."""
     state = getattr(getattr(module, "quant_method", None), "state", None)
     if state is not None:  # selfspec's: stands where vLLM's quantization method would
-        return int(state.nbytes)
+        return int(state.nbytes_read)
     parameters = list(module.parameters(recurse=False))
     size = sum(parameter.nbytes for parameter in parameters)
     # vLLM's CPU kernels keep a packed copy and leave an empty parameter behind.

@@ -562,8 +562,9 @@ def predict_recorded(recording: Mapping[str, Any], cost: CostModel, *, seed: int
     Args:
         recording: `output_lengths` (tokens per request); optional `prompt_lengths` (default 64), `max_num_seqs`
             (default all at once), `mode` ("plain", "fixed" or "adaptive", default "plain"), `num_speculative_tokens`
-            (default 7), `acceptance` per drafted token (default 0.97), `rejection_ratio` of the light view (default
-            1.8) on a profile that has one, `makespan` (measured seconds), `step_seconds`.
+            (default 7), `acceptance` per drafted token (default 0.97), `light_view`: whether the controller may choose
+            it (default: the profile has it), and its `rejection_ratio` (default 1.8), `makespan` (measured seconds),
+            `step_seconds`.
         cost: the profile of the machine it ran on.
         seed: of the acceptance draws.
 
@@ -594,7 +595,9 @@ def predict_recorded(recording: Mapping[str, Any], cost: CostModel, *, seed: int
         "plain": PlainPolicy,
         "fixed": lambda: FixedPolicy(gamma),
         "adaptive": lambda: ControllerPolicy(
-            ControlSettings(max_draft_tokens=gamma, light_view=cost.has_light_view), cost, batch
+            ControlSettings(max_draft_tokens=gamma, light_view=bool(recording.get("light_view", cost.has_light_view))),
+            cost,
+            batch,
         ),
     }
     if mode not in policies:

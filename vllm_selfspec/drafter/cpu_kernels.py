@@ -40,6 +40,8 @@ _OUTPUTS: dict[str, Callable[..., int]] = {
     "rows_linear": lambda weight, bias: weight.shape[0],
     "int8_linear": lambda weight, scale, bias: weight.shape[0],
     "int4_linear": lambda weight, scale_and_min, bias: weight.shape[0],
+    "views_linear": lambda light, weight8, scale, weight4, scale_and_min, bias: scale.shape[0],
+    "avx512_views_linear": lambda light, weight8, scale, weight4, bias: scale.shape[0],
     "avx512_int8_linear": lambda weight, scale, bias: scale.shape[0],
     "avx512_int4_linear": lambda weight, outputs, bias: outputs,
 }

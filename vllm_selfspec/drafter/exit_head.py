@@ -68,11 +68,11 @@ class ExitHead(nn.Module):
 class _Quantized(nn.Module):
     """A linear layer at the drafter's precision."""
 
-    def __init__(self, weight: torch.Tensor, precision: Precision, light: bool) -> None:
+    def __init__(self, weight: torch.Tensor, precision: Precision, light: torch.Tensor) -> None:
         super().__init__()
         from vllm_selfspec.drafter.quantize import quantize
 
-        self.state = quantize(weight, precision).at(light)
+        self.state = quantize(weight, precision, light)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.state.apply(x, None)
@@ -107,9 +107,12 @@ def read_info(path: str) -> ExitHeadInfo:
 
 
 def load(
-    path: str, precision: Precision, light: bool, dtype: torch.dtype, device: torch.device
+    path: str, precision: Precision, light: torch.Tensor, dtype: torch.dtype, device: torch.device
 ) -> tuple[ExitHead, Callable[[], None]]:
     """The head at `path`, ready to draft: its matrices at the drafter's precision, the rest in the model's dtype.
+
+    Args:
+        light: as of `quantize`.
 
     Returns:
         the head, and a function that writes its weights again, in place: sleep discards what lies on a GPU.

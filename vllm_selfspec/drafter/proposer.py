@@ -161,16 +161,13 @@ class SelfDraftProposer(DraftModelProposer):
 
     @torch.inference_mode()
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Run each view once, on no more rows than it will ever see: one per request."""
+        """Run the drafter once, on no more rows than it will ever see: one per request."""
         self.num_speculative_tokens = 1
         rows = max(2, min(num_tokens, self.max_batch_size))
         if self._runner.lora_config:
             # The target's mapping is of more rows, which the adapters' kernels would read.
             self._runner._set_active_loras((0,) * rows, (0,) * rows, set())
-        for light in (False, True) if self.model.has_light_view else (None,):
-            self.model.light = light
-            super().dummy_run(rows, *args, **kwargs)
-        self.model.light = None
+        super().dummy_run(rows, *args, **kwargs)
         self.num_speculative_tokens = self.speculative_config.num_speculative_tokens
 
     def _allocated_tokens(self, batch_size: int) -> torch.Tensor:

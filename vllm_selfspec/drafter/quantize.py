@@ -18,8 +18,7 @@ from vllm_selfspec.drafter.cpu_kernels import own_kernels
 INT4_GROUP = 64
 
 FEW_ROWS = 3
-"""Up to so many rows the light view drafts where nobody chooses: there fewer bits gain most. (ATen's int4 kernel works
-in blocks of four rows.)"""
+"""Up to so many rows the light view drafts where nobody chooses: there fewer bits gain most."""
 
 
 class QuantizedLinear(ABC):
@@ -41,9 +40,10 @@ class QuantizedLinear(ABC):
     def nbytes(self) -> int:
         """Bytes that the quantized weight occupies."""
 
-    def at(self, light: bool) -> QuantizedLinear:
-        """The weight as the light view uses it, or the main one."""
-        return self
+    @property
+    def nbytes_read(self) -> int:
+        """Bytes of it that a product reads."""
+        return self.nbytes
 
 
 def int4_groups(weight: torch.Tensor, dtype: torch.dtype, fits: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,27 +156,6 @@ class CpuInt4Linear(QuantizedLinear):
         return self._packed.nbytes + self._scale_and_zero.nbytes
 
 
-class CpuMixedLinear(QuantizedLinear):
-    """int8 for the main view and int4 for the light one."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self._main, self._light = quantize(weight, "int8"), quantize(weight, "int4")
-
-    def refresh(self, weight: torch.Tensor) -> None:
-        self._main.refresh(weight)
-        self._light.refresh(weight)
-
-    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self._main.apply(x, bias)
-
-    @property
-    def nbytes(self) -> int:
-        return self._main.nbytes + self._light.nbytes
-
-    def at(self, light: bool) -> QuantizedLinear:
-        return self._light if light else self._main
-
-
 def default_precision(device_type: str) -> Precision:
     """The cheapest precision that this platform's kernels support; both where either may be the better one."""
     if device_type == "cpu":
@@ -199,7 +178,7 @@ def usable_precisions(device_type: str) -> list[str]:
     import vllm._custom_ops  # noqa: F401  # registers the kernels
 
     int8 = own_kernels() or hasattr(torch.ops._C, "create_onednn_scaled_mm_handler")
-    return ["native", "int4", *(["int8", "int4+int8"] if int8 else [])]
+    return ["native", "int4", *["int8"] * bool(int8), *["int4+int8"] * bool(own_kernels())]
 
 
 def choose_precision(field: str, asked: Precision | None, device_type: str) -> Precision:
@@ -218,12 +197,13 @@ def choose_precision(field: str, asked: Precision | None, device_type: str) -> P
     return asked
 
 
-def quantize(weight: torch.Tensor, precision: Precision) -> QuantizedLinear:
+def quantize(weight: torch.Tensor, precision: Precision, light: torch.Tensor | None = None) -> QuantizedLinear:
     """Quantize a weight matrix.
 
     Args:
         weight: [N, K] in the model's dtype.
         precision: not `native`.
+        light: bool [1], which view the products of an `int4+int8` weight are for; by default the main one.
 
     Raises:
         ConfigError: if the shape does not fit the kernel.
@@ -232,9 +212,13 @@ def quantize(weight: torch.Tensor, precision: Precision) -> QuantizedLinear:
         from vllm_selfspec.drafter.quantize_cuda import CudaLinear
 
         return CudaLinear(weight, precision)
-    kinds: dict[str, Callable[[torch.Tensor], QuantizedLinear]]
-    kinds = {"int8": CpuInt8Linear, "int4": CpuInt4Linear, "int4+int8": CpuMixedLinear}
     own = own_kernels()
+    if precision == "int4+int8":
+        from vllm_selfspec.drafter.quantize_rows import TwoViewsLinear
+
+        light = torch.zeros(1, dtype=torch.bool, device="cpu") if light is None else light
+        return TwoViewsLinear(weight, light, own == "avx512")
+    kinds: dict[str, Callable[[torch.Tensor], QuantizedLinear]] = {"int8": CpuInt8Linear, "int4": CpuInt4Linear}
     if own == "avx2":
         from vllm_selfspec.drafter.quantize_rows import RowsInt4Linear, RowsInt8Linear
 

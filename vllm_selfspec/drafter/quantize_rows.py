@@ -108,3 +108,34 @@ class Avx512Int4Linear(RowsLinear):
 
     def _product(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return torch.ops.selfspec_cpu.avx512_int4_linear(rows, *self._tensors, self._outputs, bias)
+
+
+class TwoViewsLinear(QuantizedLinear):
+    """int8 for the main view and int4 for the light one.
+
+    Which one a product reads is told by a tensor, not by Python: both views are one compiled graph.
+    """
+
+    def __init__(self, weight: torch.Tensor, light: torch.Tensor, avx512: bool) -> None:
+        """`light`: bool [1], read at every product; belongs to the caller."""
+        self._main = (Avx512Int8Linear if avx512 else RowsInt8Linear)(weight)
+        self._light = (Avx512Int4Linear if avx512 else RowsInt4Linear)(weight)
+        self._flag = light
+        self._tensors = (*self._main._tensors, *self._light._tensors)
+        self._product = torch.ops.selfspec_cpu.avx512_views_linear if avx512 else torch.ops.selfspec_cpu.views_linear
+
+    def refresh(self, weight: torch.Tensor) -> None:
+        self._main.refresh(weight)
+        self._light.refresh(weight)
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        out = self._product(x.reshape(-1, x.shape[-1]), self._flag, *self._tensors, bias)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        return self._main.nbytes + self._light.nbytes
+
+    @property
+    def nbytes_read(self) -> int:
+        return (self._light if self._flag else self._main).nbytes

@@ -37,6 +37,7 @@ class WeightTap:
 
     Attributes:
         vllm_config: the engine that this drafter belongs to.
+        light: bool [1], which of the drafter's two views runs, where it has two; whoever runs it writes here.
         refreshed_layers: layers quantized again after the first time, in total.
         refresh_seconds: the time that took, in total.
     """
@@ -45,6 +46,7 @@ class WeightTap:
 
     def __init__(self, vllm_config: Any, plan: Plan) -> None:
         self.vllm_config = vllm_config
+        self.light = torch.zeros(1, dtype=torch.bool, device="cpu")
         self.refreshed_layers = 0
         self.refresh_seconds = 0.0
         self._plan = plan
@@ -75,7 +77,7 @@ class WeightTap:
         if weight.is_meta or weight.ndim != 2 or (state is None and precision == "native"):
             return
         if state is None:
-            self._states[layer] = quantize(weight.detach(), precision)
+            self._states[layer] = quantize(weight.detach(), precision, self.light)
         else:
             start = time.perf_counter()
             state.refresh(weight.detach())

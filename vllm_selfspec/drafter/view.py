@@ -128,26 +128,13 @@ def quantization_plan(
     return plan
 
 
-class _Backbone(nn.Module):
-    """A view's decoder stack."""
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
+class DraftBackbone(nn.Module):
+    """A view's decoder stack, compiled under its own name, so that its graph is not taken for the target's."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", decoder: nn.Module) -> None:
         super().__init__()
         self.decoder = decoder
-
-
-@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
-class DraftBackbone(_Backbone):
-    """The stack compiled under its own name, so that its graph is not taken for the target's."""
-
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Hidden states [T, hidden_size] after the final norm, of tokens [T] at positions [T]."""
-        return self.decoder.forward(input_ids, positions, None)
-
-
-@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
-class LightBackbone(_Backbone):
-    """The same of the light view: a class and a `forward` of its own, because vLLM finds compiled graphs by them."""
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states [T, hidden_size] after the final norm, of tokens [T] at positions [T]."""
@@ -162,41 +149,45 @@ class DraftModel(nn.Module):
 
     def __init__(
         self,
-        backbones: Sequence[nn.Module],
-        heads: Sequence[nn.Module],
+        backbone: nn.Module,
+        head: nn.Module,
         attentions: cpu_attention.DraftAttentions | None = None,
+        light_runs: torch.Tensor | None = None,
     ) -> None:
-        """From one stack and head, or from two of either: the first of the main view, the last of the light one.
+        """From a stack and what makes logits.
 
         Args:
-            attentions: of the stacks; None where their attention layers are the target's own.
+            attentions: of the stack; None where its attention layers are the target's own.
+            light_runs: bool [1] that tells the weights which view runs; None where the drafter has but one.
         """
         super().__init__()
-        self.backbones = nn.ModuleList(backbones)
-        self._heads = tuple(heads)  # not registered: their parameters are the target's
+        self.backbone = backbone
+        self._head = (head,)  # not registered: its parameters are the target's
         self.attentions = attentions
+        self._light_runs = light_runs
         self.light: bool | None = None
         """Which view runs, where there are two; None: the light one while it has few rows."""
 
     @property
     def has_light_view(self) -> bool:
-        """True where stacks or heads are two."""
-        return len(self.backbones) > 1 or len(self._heads) > 1
+        """True where weights are kept at two precisions."""
+        return self._light_runs is not None
 
-    def _runs(self, rows: int) -> int:
-        """Index of the stack and of the head that run."""
-        light = rows <= FEW_ROWS if self.light is None else self.light
-        return -1 if light else 0
+    def _choose_view(self, rows: int) -> None:
+        if self._light_runs is not None:
+            self._light_runs.fill_(rows <= FEW_ROWS if self.light is None else self.light)
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
         assert inputs_embeds is None, "the self-drafter embeds its own tokens"
-        return self.backbones[self._runs(len(input_ids))](input_ids, positions)
+        self._choose_view(len(input_ids))
+        return self.backbone(input_ids, positions)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [T, vocab_size] of hidden states [T, hidden_size]."""
-        return self._heads[self._runs(len(hidden_states))].compute_logits(hidden_states)
+        self._choose_view(len(hidden_states))
+        return self._head[0].compute_logits(hidden_states)
 
 
 def build_view(
@@ -239,38 +230,30 @@ def build_view(
     shared = [m for layer in chosen for m in layer.modules() if isinstance(m, AttentionLayerBase)]
     attentions = cpu_attention.DraftAttentions() if begins_batches and cpu_attention.usable_for(shared) else None
 
-    def backbone(light: bool) -> nn.Module:
-        def replace(module: nn.Module) -> nn.Module:
-            if weights != "native" and is_quantizable(module):
-                clone = shallow_copy(module)
-                clone.quant_method = DrafterLinearMethod(tap.state(module).at(light))
-                return clone
-            if attentions is not None and isinstance(module, Attention):
-                return attentions.copy_of(module)
-            return module
+    def replace(module: nn.Module) -> nn.Module:
+        if weights != "native" and is_quantizable(module):
+            clone = shallow_copy(module)
+            clone.quant_method = DrafterLinearMethod(tap.state(module))
+            return clone
+        if attentions is not None and isinstance(module, Attention):
+            return attentions.copy_of(module)
+        return module
 
-        decoder = shallow_copy(inner)
-        decoder.layers = nn.ModuleList(copy_with(layer, replace) for layer in chosen)
-        if exit_head is not None:
-            device = next(top.parameters()).device
-            trained, restore = load_exit_head(exit_head, weights, light, vllm_config.model_config.dtype, device)
-            decoder.layers.append(trained)
-            tap.restore_too(restore)
-        decoder.start_layer, decoder.end_layer = 0, len(decoder.layers)
-        kind, tag = (LightBackbone, "selfspec_drafter_light") if light else (DraftBackbone, "selfspec_drafter")
-        with set_current_vllm_config(vllm_config), set_model_tag(tag):
-            return kind(vllm_config=vllm_config, decoder=decoder)
-
-    def head(light: bool) -> nn.Module:
-        if logits_layer is None:
-            return shallow_copy(top)
+    decoder = shallow_copy(inner)
+    decoder.layers = nn.ModuleList(copy_with(layer, replace) for layer in chosen)
+    if exit_head is not None:
+        device = next(top.parameters()).device
+        trained, restore = load_exit_head(exit_head, weights, tap.light, vllm_config.model_config.dtype, device)
+        decoder.layers.append(trained)
+        tap.restore_too(restore)
+    decoder.start_layer, decoder.end_layer = 0, len(decoder.layers)
+    with set_current_vllm_config(vllm_config), set_model_tag("selfspec_drafter"):
+        backbone = DraftBackbone(vllm_config=vllm_config, decoder=decoder)
+    head = shallow_copy(top)
+    if logits_layer is not None:
         quantized = shallow_copy(logits_layer)
-        quantized.quant_method = DrafterLinearMethod(tap.state(logits_layer, lm_head).at(light))
-        return with_submodule(top, lm_head_path(top), quantized)
-
-    model = DraftModel(
-        [backbone(light) for light in ([False, True] if weights == "int4+int8" else [False])],
-        [head(light) for light in ([False, True] if lm_head == "int4+int8" else [False])],
-        attentions,
-    )
+        quantized.quant_method = DrafterLinearMethod(tap.state(logits_layer, lm_head))
+        head = with_submodule(top, lm_head_path(top), quantized)
+    two_views = "int4+int8" in (weights, lm_head)
+    model = DraftModel(backbone, head, attentions, tap.light if two_views else None)
     return model, {attention.layer_name for attention in shared}

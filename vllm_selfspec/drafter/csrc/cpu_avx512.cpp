@@ -389,6 +389,14 @@ at::Tensor avx512_int4_linear(const at::Tensor& x, const at::Tensor& weight, int
   });
 }
 
+// Both weights of a drafter with two views; `light`, one bool, tells which one is applied.
+at::Tensor avx512_views_linear(const at::Tensor& x, const at::Tensor& light, const at::Tensor& weight8,
+                               const at::Tensor& scale, const at::Tensor& weight4,
+                               const std::optional<at::Tensor>& bias) {
+  return *light.const_data_ptr<bool>() ? avx512_int4_linear(x, weight4, scale.numel(), bias)
+                                       : avx512_int8_linear(x, weight8, scale, bias);
+}
+
 // --- quantizing weights ----------------------------------------------------------------------------------------------
 
 // Four bytes of sixteen rows side by side: from [kOut] rows of `dwords` times four bytes, `stride` apart.
@@ -460,6 +468,9 @@ void avx512_quantize_int4(const at::Tensor& weight, at::Tensor out, int64_t outp
 TORCH_LIBRARY_FRAGMENT(selfspec_cpu, library) {
   library.def("avx512_int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   library.def("avx512_int4_linear(Tensor x, Tensor weight, int outputs, Tensor? bias) -> Tensor");
+  library.def(
+      "avx512_views_linear(Tensor x, Tensor light, Tensor weight8, Tensor scale, Tensor weight4, Tensor? bias)"
+      " -> Tensor");
   library.def("avx512_quantize_int8(Tensor weight, Tensor(a!) out, Tensor(b!) scale) -> ()");
   library.def("avx512_quantize_int4(Tensor weight, Tensor(a!) out, int outputs) -> ()");
 }
@@ -467,6 +478,7 @@ TORCH_LIBRARY_FRAGMENT(selfspec_cpu, library) {
 TORCH_LIBRARY_IMPL(selfspec_cpu, CPU, library) {
   library.impl("avx512_int8_linear", avx512_int8_linear);
   library.impl("avx512_int4_linear", avx512_int4_linear);
+  library.impl("avx512_views_linear", avx512_views_linear);
   library.impl("avx512_quantize_int8", avx512_quantize_int8);
   library.impl("avx512_quantize_int4", avx512_quantize_int4);
 }

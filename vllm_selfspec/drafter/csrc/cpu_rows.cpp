@@ -340,6 +340,14 @@ at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& weight, const at::
   });
 }
 
+// Both weights of a drafter with two views; `light`, one bool, tells which one is applied.
+at::Tensor views_linear(const at::Tensor& x, const at::Tensor& light, const at::Tensor& weight8, const at::Tensor& scale,
+                        const at::Tensor& weight4, const at::Tensor& scale_and_min,
+                        const std::optional<at::Tensor>& bias) {
+  return *light.const_data_ptr<bool>() ? int4_linear(x, weight4, scale_and_min, bias)
+                                       : int8_linear(x, weight8, scale, bias);
+}
+
 // --- quantizing weights ----------------------------------------------------------------------------------------------
 
 void quantize_int8(const at::Tensor& weight, at::Tensor out, at::Tensor scale) {
@@ -387,6 +395,9 @@ TORCH_LIBRARY(selfspec_cpu, library) {
   library.def("rows_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def("int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   library.def("int4_linear(Tensor x, Tensor weight, Tensor scale_and_min, Tensor? bias) -> Tensor");
+  library.def(
+      "views_linear(Tensor x, Tensor light, Tensor weight8, Tensor scale, Tensor weight4, Tensor scale_and_min,"
+      " Tensor? bias) -> Tensor");
   library.def("quantize_int8(Tensor weight, Tensor(a!) out, Tensor(b!) scale) -> ()");
   library.def("quantize_int4(Tensor weight, Tensor(a!) out, Tensor(b!) scale_and_min) -> ()");
 }
@@ -395,6 +406,7 @@ TORCH_LIBRARY_IMPL(selfspec_cpu, CPU, library) {
   library.impl("rows_linear", rows_linear);
   library.impl("int8_linear", int8_linear);
   library.impl("int4_linear", int4_linear);
+  library.impl("views_linear", views_linear);
   library.impl("quantize_int8", quantize_int8);
   library.impl("quantize_int4", quantize_int4);
 }
