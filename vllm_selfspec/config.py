@@ -26,7 +26,8 @@ class _Strict(BaseModel):
 class DrafterConfig(_Strict):
     """Which layers draft, at what precision, with what head.
 
-    `weights` and `lm_head` left out (None) mean "per platform": the cheapest precision that its kernels support.
+    `weights` and `lm_head` left out (None) mean "per platform": the cheapest precision that its kernels support, or
+    `int4+int8`, between which the controller chooses.
     """
 
     weights: Precision | None = Field(None, description="precision of the drafter's linear layers")

@@ -50,8 +50,8 @@ def bench(
     peers: Annotated[
         str,
         typer.Option(
-            help="What is compared with plain decoding: ngram, suffix, draft_model, draft_model_table, int8, int4, "
-            "mixed, exit, drafter, off. NAME@γ drafts γ tokens in every step; without it selfspec adapts.",
+            help="What is compared with plain decoding: ngram, suffix, draft_model, draft_model_table, selfspec, "
+            "int8, int4, exit, drafter, off. NAME@γ drafts γ tokens in every step; without it selfspec adapts.",
             metavar="LIST",
         ),
     ] = DEFAULT_PEERS,

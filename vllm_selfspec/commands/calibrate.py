@@ -107,13 +107,15 @@ def _print_profile(cost: "CostModel", console: "Console") -> None:
         title="Cost model: " + ", ".join(f"{k} {cost.meta[k]}" for k in ("model", "hardware") if cost.meta.get(k))
     )
     table.add_column("batch", justify="right")
-    for column in ("T_T (ms)", "T_D (ms)", "T_V γ=3 (ms)", "T_V γ=7 (ms)"):
+    light = ["T_D light (ms)"] if cost.has_light_view else []
+    for column in ("T_T (ms)", "T_D (ms)", *light, "T_V γ=3 (ms)", "T_V γ=7 (ms)"):
         table.add_column(column, justify="right")
     seq = sorted(p.seq for p in cost.points)[len(cost.points) // 2]
     for batch in (1, 4, 16, 64):
         times = (
             cost.target_time(batch, seq),
             cost.draft_time(batch, seq),
+            *([cost.light_time(batch, seq)] if light else []),
             cost.verify_time(batch, seq, 3),
             cost.verify_time(batch, seq, 7),
         )
