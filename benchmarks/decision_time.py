@@ -1,6 +1,6 @@
 """How long one decision takes, and one observation: microseconds of the scheduler's time per step.
 
-Usage: python benchmarks/decision_time.py [--requests 256] [--max-draft-tokens 7]
+Usage: python benchmarks/decision_time.py [--requests 256] [--max-draft-tokens 7] [--views 2]
 The last line on stdout is JSON.
 """
 
@@ -32,11 +32,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--max-draft-tokens", type=int, default=7)
+    parser.add_argument("--views", type=int, choices=(1, 2), default=2, help="of the drafter")
     arguments = parser.parse_args()
     batch = arguments.requests
-    controller = Controller(
-        ControlSettings(max_draft_tokens=arguments.max_draft_tokens), CostModel.from_profile(PROFILE), max_batch=batch
-    )
+    settings = ControlSettings(max_draft_tokens=arguments.max_draft_tokens, light_view=arguments.views == 2)
+    controller = Controller(settings, CostModel.from_profile(PROFILE), max_batch=batch)
     caps = (0, 1, 2, 3) * (batch // 32)
 
     def decide(number: int) -> object:
@@ -51,7 +51,7 @@ def main() -> None:
         return decide(number)
 
     def accept(number: int) -> object:
-        controller.observe_acceptance(7, number % 8)
+        controller.observe_acceptance(7, number % 8, light=arguments.views == 2 and number % 2 == 0)
         return None
 
     figures = {}
@@ -59,7 +59,7 @@ def main() -> None:
         median, slow = microseconds(call)
         figures[name] = {"median_us": round(median, 2), "p99_us": round(slow, 2)}
         print(f"{name:20s} median {median:7.2f} us   99 % {slow:7.2f} us")
-    print(json.dumps({"requests": batch, "max_draft_tokens": arguments.max_draft_tokens, **figures}))
+    print(json.dumps({**vars(arguments), **figures}))
 
 
 if __name__ == "__main__":
