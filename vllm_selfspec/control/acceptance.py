@@ -204,11 +204,8 @@ class RejectionRatio:
         self._rejected, self._trials = 0.0, 0.0  # of the view in use, of late
         self._counted = strength  # rejections that were seen, not reckoned
         self._light, self._main = strength * math.sqrt(ratio), strength / math.sqrt(ratio)
-
-    @property
-    def ratio(self) -> float:
+        self.ratio = ratio
         """The estimate, ≥ 1: fewer bits are not accepted more often."""
-        return max(1.0, self._light / self._main)
 
     @property
     def doubt(self) -> float:
@@ -227,9 +224,10 @@ class RejectionRatio:
             keep = math.exp(-trials / self._window)
             self._rejected = keep * self._rejected + rejected
             self._trials = keep * self._trials + trials
-        elif self._trials > 0.0:
+        elif self._trials > 0.5 * self._window:  # before that one rejection would count as many
             keep = math.exp(-trials / self._memory)
             reckoned = trials * self._rejected / self._trials
             self._counted = keep * self._counted + rejected
             self._light = keep * self._light + (rejected if light else reckoned)
             self._main = keep * self._main + (reckoned if light else rejected)
+            self.ratio = max(1.0, self._light / self._main)

@@ -190,7 +190,7 @@ class Times(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Rated:
     """What one view promises, for γ in 0..longest: seconds charged to a cycle, tokens that it yields, their ratio."""
 
@@ -200,34 +200,39 @@ class _Rated:
     rates: list[float]
 
 
-def _rated(
-    state: StepState, times: StepTimes, light: bool, per_request: Sequence[float], prefill_tokens: int, longest: int
-) -> _Rated:
-    cycle = _cycle_times(state, times, light, prefill_tokens, longest)
-    tokens = _tokens(state, per_request, longest)
-    rates = [gained / seconds for gained, seconds in zip(tokens, cycle, strict=True)]
-    return _Rated(light, cycle, tokens, rates)
+def _rated(light: bool, draft: float, forward: Sequence[float], able: Sequence[int], tau: Sequence[float]) -> _Rated:
+    """The promise of a view.
+
+    Args:
+        light: which one it is.
+        draft: seconds of one of its draft forwards.
+        forward: see `_forward_times`.
+        able: see `_able`.
+        tau: its τ(0..max) per request.
+    """
+    cycle, tokens = [forward[0]], [able[0] * tau[0]]
+    for gamma in range(1, len(forward)):
+        cycle.append(gamma * draft + forward[gamma])
+        tokens.append(tokens[-1] + able[gamma] * (tau[gamma] - tau[gamma - 1]))
+    return _Rated(light, cycle, tokens, [gained / seconds for gained, seconds in zip(tokens, cycle, strict=True)])
 
 
-def _cycle_times(state: StepState, times: StepTimes, light: bool, prefill_tokens: int, longest: int) -> list[float]:
-    """Seconds charged to decoding for a cycle of γ drafts, γ in 0..longest."""
-    verify, draft, batch = times.verify, times.of_draft(light), state.num_decode
+def _forward_times(state: StepState, times: StepTimes, prefill_tokens: int, longest: int) -> Sequence[float]:
+    """Seconds of the target's forward charged to decoding for a cycle of γ drafts, γ in 0..longest."""
+    verify = times.verify[: longest + 1]
     if prefill_tokens <= 0:
-        return [gamma * draft + verify[gamma] for gamma in range(longest + 1)]
-    prefill = prefill_tokens * times.per_row
-    row = batch * times.per_row
-    return [gamma * draft + max(verify[gamma] - prefill, (gamma + 1) * row) for gamma in range(longest + 1)]
+        return verify
+    prefill, row = prefill_tokens * times.per_row, state.num_decode * times.per_row
+    return [max(seconds - prefill, (gamma + 1) * row) for gamma, seconds in enumerate(verify)]
 
 
-def _tokens(state: StepState, per_request: Sequence[float], longest: int) -> list[float]:
-    """Expected tokens of the whole batch for γ in 0..longest; a capped request gains nothing past its cap."""
-    able = state.num_decode  # to use one draft more
+def _able(state: StepState, longest: int) -> list[int]:
+    """For γ in 0..longest, how many requests can use the γ-th draft; a capped one gains nothing past its cap."""
+    able = [state.num_decode]
     ending = Counter(state.draft_caps)
-    tokens = [able * per_request[0]]
     for gamma in range(1, longest + 1):
-        able -= ending[gamma - 1]
-        tokens.append(tokens[-1] + able * (per_request[gamma] - per_request[gamma - 1]))
-    return tokens
+        able.append(able[-1] - ending[gamma - 1])
+    return able
 
 
 def decide(
@@ -268,10 +273,11 @@ def decide(
 
     predicted = times.step_times(state.num_decode, state.mean_context, settings.max_draft_tokens)
     prefill = state.pending_prefill_tokens
-    used = _rated(state, predicted, False, expected_tokens, prefill, longest)
+    forward, able = _forward_times(state, predicted, prefill, longest), _able(state, longest)
+    used = _rated(False, predicted.draft, forward, able, expected_tokens)
     other = None
     if light_tokens is not None:
-        other = _rated(state, predicted, True, light_tokens, prefill, longest)
+        other = _rated(True, predicted.light, forward, able, light_tokens)
         if memory.light:
             used, other = other, used
     if memory.probe_steps_left > 0 and memory.probe_draft_tokens <= longest:
@@ -290,8 +296,8 @@ def decide(
     if best > current and rates[best] < (1.0 + margin) * rates[current]:
         chosen, reason = current, Reason.MARGIN_HOLD
     if chosen == 0 and prefill > 0:
-        per_request = light_tokens if used.light and light_tokens is not None else expected_tokens
-        alone = _rated(state, predicted, used.light, per_request, 0, longest)
+        tau = light_tokens if used.light and light_tokens is not None else expected_tokens
+        alone = _rated(used.light, predicted.of_draft(used.light), predicted.verify[: longest + 1], able, tau)
         if max(alone.rates[1:]) > alone.rates[0]:
             reason = Reason.LOAD
 
