@@ -519,7 +519,7 @@ def test_bytes_of_weights():
     packed = a_module(
         *[(0,), (8,)], input_size_per_partition=4, output_size_per_partition=8, params_dtype=SimpleNamespace(itemsize=2)
     )
-    quantized = a_module((0,), quant_method=SimpleNamespace(state=SimpleNamespace(nbytes=37)))
+    quantized = a_module((0,), quant_method=SimpleNamespace(state=SimpleNamespace(nbytes_read=37)))
     assert cycles.linear_bytes(plain) == 2 * 40
     assert cycles.linear_bytes(packed) == 2 * 40
     assert cycles.linear_bytes(quantized) == 37
