@@ -410,7 +410,7 @@ class Target(nn.Module):
 def test_layers_processed_off_the_cpu_are_refreshed_lazily(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA the weight stays on the layer. A layer processed anew, past `load_weights`, used to go unnoticed there
     (prime-rl over NIXL, a global `process_weights_after_loading` after plain copies), a head tied to it as well."""
-    monkeypatch.setattr(refresh, "quantize", lambda weight, precision: Recorded(weight))
+    monkeypatch.setattr(refresh, "quantize", lambda weight, precision, light: Recorded(weight))
     embedding, head, linear = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False), nn.Linear(4, 4, bias=False)
     head.weight = embedding.weight
     tap = WeightTap(object(), lambda layer: "native" if layer is embedding else "int8")
