@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from engines import (
     watch,
 )
 from vllm import LLM, SamplingParams
+from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_selfspec.control.policy import Controller, Decision
 from vllm_selfspec.drafter.cpu_kernels import own_kernels
@@ -141,3 +143,10 @@ def test_one_precision_is_one_view(weights: str, tiny: Callable[..., str]) -> No
         controller = scheduler_of(llm)._controller
         assert not controller.settings.light_view
         assert not controller.times.cost_model.has_light_view
+
+
+def test_the_choice_travels_with_the_step_to_other_processes() -> None:
+    """Workers of their own get vLLM's `SchedulerOutput` pickled, with the field that it does not declare."""
+    output = SchedulerOutput.make_empty()
+    output.selfspec_light = True
+    assert pickle.loads(pickle.dumps(output)).selfspec_light is True
