@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import drafter_of, engine, random_lengths, watch
+from engines import drafter_of, engine, random_lengths, random_views, watch
 from scipy import stats
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -47,6 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 DRAFTERS: dict[str, dict[str, Any]] = {
     "exit": {"weights": "native", "lm_head": "native", "exit_layer": 1},
     "int4": {"weights": "int4", "lm_head": "int4"},
+    "two views": {"weights": "int4+int8", "lm_head": "int4+int8", "exit_layer": 1},
 }
 # A test of a true hypothesis fails with this probability; all draws are seeded, so it either does or does not.
 SIGNIFICANCE = 1e-3
@@ -144,7 +145,7 @@ def sample(
 @pytest.mark.parametrize("setting", ["temperature 1", "top-k"])
 def test_distribution(setting: str, drafting: LLM, target: PreTrainedModel) -> None:
     """All requests alike, the same number of drafts in every step."""
-    seen = watch(drafting, lambda: LENGTH - 1)
+    seen = watch(drafting, lambda: LENGTH - 1, random_views(2))
     (answers,) = sample(drafting, [SETTINGS[setting]], 12_000)
     assert p_value(answers, exact(target, SETTINGS[setting])) > SIGNIFICANCE
     assert 0.2 < seen.acceptance < 0.9
@@ -164,7 +165,7 @@ def test_distribution_on_runner_v2(checkpoint: str, target: PreTrainedModel) -> 
 
 def test_distribution_of_mixed_batches(drafting: LLM, target: PreTrainedModel) -> None:
     """All settings and greedy requests in one batch, with changing draft lengths."""
-    seen = watch(drafting, random_lengths(3, 5))
+    seen = watch(drafting, random_lengths(3, 5), random_views(3))
     *answers, greedy = sample(drafting, [*SETTINGS.values(), {"temperature": 1.0, "top_k": 1}], 4_000)
     for (name, setting), mine in zip(SETTINGS.items(), answers, strict=True):
         assert p_value(mine, exact(target, setting)) > SIGNIFICANCE, name
