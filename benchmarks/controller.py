@@ -42,11 +42,7 @@ from vllm_selfspec.provenance import provenance
 def error_of_steps(steps: list[StepObservation], profile: CostModel) -> float:
     """Predicted over measured seconds of all steps together, minus 1."""
     clock = Clock(profile, max(step.num_drafted for step in steps) or 1, 0.0, np.random.default_rng(0))
-    predicted = (
-        clock.seconds(s.num_decode, s.mean_context, s.num_verified, s.num_drafted, s.prefill_tokens, s.light)
-        for s in steps
-    )
-    return math.fsum(predicted) / math.fsum(step.seconds for step in steps) - 1.0
+    return math.fsum(clock.seconds(*step.work) for step in steps) / math.fsum(step.seconds for step in steps) - 1.0
 
 
 def error_of_makespan(recording: dict[str, Any], profile: CostModel) -> float:

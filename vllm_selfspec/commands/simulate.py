@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vllm_selfspec.control.acceptance import USUAL_REJECTION_RATIO
 from vllm_selfspec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def simulate(
         typer.Option(
             min=1, help="How many times as often the light view is rejected, on a profile of a drafter that has one."
         ),
-    ] = 1.8,
+    ] = USUAL_REJECTION_RATIO,
     max_draft_tokens: Annotated[int, typer.Option(min=1, max=32, help="Most tokens drafted in a step.")] = 11,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run together.")] = 256,
     arrival_rate: Annotated[

@@ -18,6 +18,9 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
+USUAL_REJECTION_RATIO = 1.8
+"""How many times as often a light view is rejected as the main one, where nothing is known of it."""
+
 
 class AcceptanceEstimator:
     """Decayed acceptance per draft position, with a prior, and optionally per request.
@@ -150,7 +153,12 @@ class AcceptanceEstimator:
         return self.expected_tokens_table()[num_draft_tokens]
 
     def expected_tokens_at(self, rejection_ratio: float) -> list[float]:
-        """τ(0..max_draft_tokens) of a view whose drafts are rejected so many times as often as the estimated one's."""
+        """τ(0..max_draft_tokens) of a view whose drafts are rejected so many times as often as the estimated one's.
+
+        Do not modify.
+        """
+        if rejection_ratio == 1.0:
+            return self.expected_tokens_table()
         survival, tokens = 1.0, [1.0]
         for rate in self.rates():
             survival *= min(1.0, max(0.0, 1.0 - rejection_ratio * (1.0 - rate)))
@@ -197,7 +205,12 @@ class RejectionRatio:
     """
 
     def __init__(
-        self, ratio: float = 1.8, *, strength: float = 2.0, window: float = 150.0, memory: float = 4096.0
+        self,
+        ratio: float = USUAL_REJECTION_RATIO,
+        *,
+        strength: float = 2.0,
+        window: float = 150.0,
+        memory: float = 4096.0,
     ) -> None:
         self.light_in_use = False
         self._window, self._memory = window, memory

@@ -181,6 +181,18 @@ class StepObservation:
     probe: bool = False
     light: bool = False
 
+    @property
+    def work(self) -> tuple[int, float, float, int, int, bool]:
+        """What the step did, as `OnlineCorrection` takes it."""
+        return (
+            self.num_decode,
+            self.mean_context,
+            self.num_verified,
+            self.num_drafted,
+            self.prefill_tokens,
+            self.light,
+        )
+
 
 class Times(Protocol):
     """Where `decide` takes its predictions from."""
@@ -410,8 +422,6 @@ class Controller:
         """τ(0..max) of a view that is rejected so many times as often as the main one."""
         if state.num_decode <= self.settings.per_request_batch and state.request_ids:
             return self.acceptance.expected_tokens_of(state.request_ids, rejection_ratio)
-        if rejection_ratio == 1.0:
-            return self.acceptance.expected_tokens_table()
         return self.acceptance.expected_tokens_at(rejection_ratio)
 
     def _learn_ratio(self) -> None:
@@ -480,27 +490,11 @@ class Controller:
             return
         if observation.probe:
             self._charge_probe(observation)
-        self.times.observe(
-            observation.seconds,
-            observation.num_decode,
-            observation.mean_context,
-            observation.num_verified,
-            observation.num_drafted,
-            observation.prefill_tokens,
-            observation.light,
-        )
+        self.times.observe(observation.seconds, *observation.work)
 
     def _charge_probe(self, observation: StepObservation) -> None:
         """Pay for what a probe's step took beyond its prediction, such as a drafter that had to follow new weights."""
-        predicted = self.times.predict(
-            observation.num_decode,
-            observation.mean_context,
-            observation.num_verified,
-            observation.num_drafted,
-            observation.prefill_tokens,
-            observation.light,
-        )
-        excess = max(0.0, observation.seconds - predicted)
+        excess = max(0.0, observation.seconds - self.times.predict(*observation.work))
         self.probe_seconds += excess
         self.memory = replace(self.memory, probe_credit=self.memory.probe_credit - excess)
 
@@ -509,9 +503,10 @@ class Controller:
     ) -> None:
         """Count one request's verified drafts, which came from the light view or from the main one."""
         self.acceptance.observe(num_drafted, num_accepted, request_id, self.rejection_ratio.ratio if light else 1.0)
-        counts = self._trials[light]
-        counts[0] += min(num_accepted + 1, num_drafted)
-        counts[1] += num_accepted < num_drafted
+        if self.settings.light_view:
+            counts = self._trials[light]
+            counts[0] += min(num_accepted + 1, num_drafted)
+            counts[1] += num_accepted < num_drafted
 
     def finish_request(self, request_id: str) -> None:
         """Forget a finished request."""

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_selfspec.control.acceptance import USUAL_REJECTION_RATIO
 from vllm_selfspec.control.calibrate import acceptance_length
 from vllm_selfspec.control.cost_model import CostModel, ModelConstants, Point, Roofline, StepTimes
 from vllm_selfspec.control.policy import Controller, ControlSettings, StepObservation, StepState
@@ -587,7 +588,7 @@ def predict_recorded(recording: Mapping[str, Any], cost: CostModel, *, seed: int
         context_tokens=prompts,
         arrivals=np.zeros(len(lengths)),
         acceptance=np.full(len(lengths), float(recording.get("acceptance", 0.97))),
-        rejection_ratio=float(recording.get("rejection_ratio", 1.8)),
+        rejection_ratio=float(recording.get("rejection_ratio", USUAL_REJECTION_RATIO)),
         max_num_seqs=batch,
     )
     mode = recording.get("mode", "plain")

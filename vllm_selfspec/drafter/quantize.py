@@ -177,8 +177,9 @@ def usable_precisions(device_type: str) -> list[str]:
         return usable_cuda_precisions()
     import vllm._custom_ops  # noqa: F401  # registers the kernels
 
-    int8 = own_kernels() or hasattr(torch.ops._C, "create_onednn_scaled_mm_handler")
-    return ["native", "int4", *["int8"] * bool(int8), *["int4+int8"] * bool(own_kernels())]
+    if own_kernels():
+        return ["native", "int4", "int8", "int4+int8"]
+    return ["native", "int4", *(["int8"] if hasattr(torch.ops._C, "create_onednn_scaled_mm_handler") else [])]
 
 
 def choose_precision(field: str, asked: Precision | None, device_type: str) -> Precision:
