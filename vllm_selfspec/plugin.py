@@ -12,12 +12,16 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_selfspec.config import ENV_VAR, ConfigError, SelfSpecConfig
 
-SUPPORTED_VLLM = "0.32"
+SUPPORTED_VLLM = ("0.32", "0.33")
+"""Minor versions of vLLM that the engine tests have run on; any other refuses the flag and is else left untouched."""
+
+INSTALL_VLLM = f"vllm {' or '.join(SUPPORTED_VLLM)}"
 
 
 class SeamError(RuntimeError):
@@ -51,13 +55,13 @@ class Seam:
         owner, name = _owner(self.target)
         original = getattr(owner, name, None)
         if original is None:
-            raise SeamError(f"vLLM has no {self.target}: install vllm {SUPPORTED_VLLM}.")
+            raise SeamError(f"vLLM has no {self.target}: install {INSTALL_VLLM}.")
         if getattr(original, "_selfspec_seam", None) == self.target:
             return
         missing = set(self.parameters) - set(inspect.signature(original).parameters)
         if missing:
             raise SeamError(
-                f"{self.target} takes no {', '.join(sorted(missing))} in this vLLM: install vllm {SUPPORTED_VLLM}."
+                f"{self.target} takes no {', '.join(sorted(missing))} in this vLLM: install {INSTALL_VLLM}."
             )
         if self.needed is None or _function(self.needed)():
             setattr(owner, name, _wrapped(original, self))
@@ -116,6 +120,13 @@ EVERYWHERE = (
         ("self", "vllm_config"),
         "vllm_selfspec.live_profile:core_init",
     ),
+)
+
+IN_OTHER_VERSIONS = Seam(
+    "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+    "a version of vLLM that is not supported refuses method selfspec and VLLM_SELFSPEC instead of running without",
+    ("self",),
+    "vllm_selfspec.plugin:refuse",
 )
 
 IN_WORKERS = (
@@ -260,18 +271,20 @@ WORKER_METHODS = {
 """Methods added to vLLM's worker, for `collective_rpc`."""
 
 
+def supports(version: str) -> bool:
+    """Whether the engine tests have run on this version of vLLM."""
+    return ".".join(version.split(".")[:2]) in SUPPORTED_VLLM
+
+
 def register() -> None:
     """Entry point of the group `vllm.general_plugins`; re-entrant."""
     import vllm
 
-    if not vllm.__version__.startswith(SUPPORTED_VLLM + "."):
-        from vllm.logger import init_logger
-
-        init_logger("vllm.selfspec").warning(
-            "vllm-selfspec supports vLLM %s and stays out of the way of %s: method selfspec is not available.",
-            SUPPORTED_VLLM,
-            vllm.__version__,
-        )
+    if not supports(vllm.__version__):
+        with suppress(
+            SeamError, ImportError, AttributeError
+        ):  # a vLLM that is built another way knows no selfspec either
+            IN_OTHER_VERSIONS.apply()
         return
     for seam in EVERYWHERE:
         seam.apply()
@@ -297,6 +310,18 @@ def worker_init(original: Callable[..., None], self: Any, vllm_config: Any, *arg
     original(self, vllm_config, *args, **kwargs)
 
 
+def refuse(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """`EngineArgs.create_speculative_config` of a vLLM that is not supported."""
+    import vllm
+
+    if requested_settings(self) is not None:
+        raise ConfigError(
+            f"method selfspec runs on {INSTALL_VLLM}, and this is {vllm.__version__}: install one of them, or remove "
+            f"the speculative config and {ENV_VAR}."
+        )
+    return original(self, *args, **kwargs)
+
+
 def create_speculative_config(
     original: Callable[..., Any], self: Any, target_model_config: Any, target_parallel_config: Any
 ) -> Any:
@@ -317,13 +342,14 @@ def create_speculative_config(
 def requested_settings(engine_args: Any) -> SelfSpecConfig | None:
     """The selfspec settings that these engine arguments or the environment ask for, if any."""
     raw = engine_args.speculative_config
-    if raw is None and engine_args.spec_method is None:
+    method, tokens = (getattr(engine_args, name, None) for name in ("spec_method", "spec_tokens"))
+    if raw is None and method is None:
         return SelfSpecConfig.from_env(os.environ.get(ENV_VAR, ""))
     raw = {key.replace("-", "_"): value for key, value in (raw or {}).items()}
-    if engine_args.spec_method is not None:
-        raw.setdefault("method", engine_args.spec_method)
+    if method is not None:
+        raw.setdefault("method", method)
     if raw.get("method") != "selfspec":
         return None
-    if engine_args.spec_tokens is not None:
-        raw.setdefault("num_speculative_tokens", engine_args.spec_tokens)
+    if tokens is not None:
+        raw.setdefault("num_speculative_tokens", tokens)
     return SelfSpecConfig.parse(raw)

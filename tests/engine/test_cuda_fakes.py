@@ -28,6 +28,7 @@ from vllm.model_executor.parameter import BasevLLMParameter, permute_param_layou
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu import model_runner as v2_runner
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.dp_utils import DPSyncState
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import TargetDependentARSpeculator
 
@@ -433,6 +434,26 @@ def test_v2_dummy_runs_write_no_kv_and_keep_no_logits(speculator: Any) -> None:
     propose(speculator, BATCH, dummy_run=True)
     assert all(set(seen["slots"][:4]) == {-1} for seen in speculator.model.steps)
     assert (speculator.draft_logits == -7).all()
+
+
+def test_v2_dummy_runs_draft_for_no_more_requests_than_any_rank_has(
+    speculator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dummy run is padded to a graph of the target; since vLLM 0.33 the number that ranks agree on is not."""
+    seen = []
+
+    def dispatch(manager: Any, num_reqs: int, num_tokens: int, *, dp_sync_state: DPSyncState, **_: Any) -> Any:
+        seen.append((num_reqs, num_tokens, dp_sync_state.num_tokens_across_dp.tolist()))
+        desc = BatchExecutionDescriptor(cg_mode=CUDAGraphMode.NONE, num_tokens=num_tokens, num_reqs=num_reqs)
+        return desc, dp_sync_state
+
+    monkeypatch.setattr(speculator_module, "dispatch_cg_and_sync_dp", dispatch)
+    sync = DPSyncState(
+        num_tokens_across_dp=torch.tensor([8, 8]), uniform_token_count=4, eager=False, num_reqs=len(BATCH) - 2
+    )
+    propose(speculator, BATCH, dummy_run=True, dp_sync_state=sync)
+    assert seen == [(2, 2, [2, 2])]
+    assert all(len(step["tokens"]) == 2 for step in speculator.model.steps)
 
 
 def test_v2_profile_run_needs_no_kv_cache_and_compiles_for_more_than_one_row(speculator: Any) -> None:

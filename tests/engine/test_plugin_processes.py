@@ -169,8 +169,12 @@ def test_ranks_that_schedule_for_themselves_adapt_alike(
     assert first["tokens"] == second["tokens"] == always["tokens"] == plain
 
 
-def test_ranks_of_data_parallelism_decide_each_for_itself(tmp_path: Path, tiny: Callable[..., str]) -> None:
+def test_ranks_of_data_parallelism_decide_each_for_itself(
+    tmp_path: Path, tiny: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vLLM runs the ranks of a dense model as engines of their own, so each may have its own draft lengths."""
+    # vLLM 0.33 on CPU takes the number of a rank for that of a memory node, unless this is set, to whatever.
+    monkeypatch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "0")
     flags = ["--data-parallel-size", "2", "--max-num-seqs", "2", "--speculative-config"]
     settings = json.dumps({"method": "selfspec", "num_speculative_tokens": 2})
     with server(tiny("llama"), tmp_path / "server.log", *flags, settings) as url:

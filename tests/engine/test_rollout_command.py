@@ -109,7 +109,7 @@ def test_two_ray_workers(out: Path, tmp_path: Path):
         "--control",
         '{"mode": "fixed"}',
         "--drafter",
-        '{"weights": "int8"}',
+        '{"weights": "int8", "lm_head": "int8"}',
     ]
     process = start(*options, *speculation, "--rounds", "1", "--max-tokens", "16", "--ignore-eos", "--out", str(out))
     stdout, stderr = process.communicate()

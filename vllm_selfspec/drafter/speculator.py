@@ -187,6 +187,8 @@ class SelfDraftSpeculator(DraftModelSpeculator):
             [B, num_speculative_steps] int64; the first γ columns are drafts, what the others hold is undefined.
         """
         num_reqs = input_batch.num_reqs
+        if dummy_run and dp_sync_state is not None:  # padded to a graph of the target, when other ranks may have fewer
+            num_reqs = min(num_reqs, dp_sync_state.num_reqs)
         gamma = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         if gamma == 0:
             return self.draft_tokens[:num_reqs]

@@ -134,12 +134,32 @@ class FileTrainerWeightTransferEngine(TrainerWeightTransferEngine[FileTrainerIni
         return engine
 
     def send_weights(self, weight_version: str | None = None) -> None:
-        """Gather on every rank; rank 0 writes the file and runs start, update, finish."""
+        """Gather on every rank; rank 0 writes the file and runs start, update, finish.
+
+        Raises:
+            ValueError: rank 0 does not get every parameter; nothing has been written or sent.
+        """
         assert self.source is not None
-        state = dict(self.source)
+        state = {name: tensor for name, tensor in _full_tensors(self.source) if tensor is not None}
         if not self.is_sender:
             return
+        if missing := [name for name in _names(self.source) if name not in state]:
+            raise ValueError(
+                f"source: rank 0 gets {len(state)} parameters and not {missing[0]}, but the {BACKEND} backend writes from "
+                "rank 0 alone: gather them all there."
+            )
         save_state(state, self._path)
         self.client.start_weight_update()
         self.client.update_weights({"path": str(self._path)})
         self.client.finish_weight_update(weight_version)
+
+
+def _full_tensors(source: WeightSource) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """What this rank gathers: vLLM 0.32 iterates a source, which has None for what other ranks hold; 0.33 has a method."""
+    return iter(source.iter_full() if hasattr(source, "iter_full") else source)
+
+
+def _names(source: WeightSource) -> list[str]:
+    """All parameters of the model: `metadata` is a method in vLLM 0.32 and a property in 0.33."""
+    metadata = source.metadata
+    return [parameter.name for parameter in (metadata() if callable(metadata) else metadata)]
