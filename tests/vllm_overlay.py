@@ -19,7 +19,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-
 NEW_REQUIREMENTS = ("orjson",)
 """What vLLM 0.33 imports and the CPU build of 0.32 does not bring."""
 
