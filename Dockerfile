@@ -1,5 +1,5 @@
 # A CPU image by default. For GPUs:
-#   docker build --build-arg BASE=nvidia/cuda:12.9.1-devel-ubuntu24.04 --build-arg ENGINE=cuda -t vllm-selfspec .
+#   docker build --build-arg BASE=nvidia/cuda:13.0.2-devel-ubuntu24.04 --build-arg ENGINE=cuda -t vllm-selfspec .
 ARG BASE=python:3.12-slim-bookworm
 FROM ${BASE}
 ARG ENGINE=cpu
