@@ -281,9 +281,7 @@ def register() -> None:
     import vllm
 
     if not supports(vllm.__version__):
-        with suppress(
-            SeamError, ImportError, AttributeError
-        ):  # a vLLM that is built another way knows no selfspec either
+        with suppress(SeamError, ImportError, AttributeError):  # vLLM itself knows no method selfspec
             IN_OTHER_VERSIONS.apply()
         return
     for seam in EVERYWHERE:
@@ -314,7 +312,9 @@ def refuse(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -
     """`EngineArgs.create_speculative_config` of a vLLM that is not supported."""
     import vllm
 
-    if requested_settings(self) is not None:
+    asked = getattr(self, "speculative_config", None)
+    method = asked.get("method") if isinstance(asked, dict) else getattr(self, "spec_method", None)
+    if method == "selfspec" or (asked is None and SelfSpecConfig.from_env(os.environ.get(ENV_VAR, ""))):
         raise ConfigError(
             f"method selfspec runs on {INSTALL_VLLM}, and this is {vllm.__version__}: install one of them, or remove "
             f"the speculative config and {ENV_VAR}."
@@ -342,14 +342,13 @@ def create_speculative_config(
 def requested_settings(engine_args: Any) -> SelfSpecConfig | None:
     """The selfspec settings that these engine arguments or the environment ask for, if any."""
     raw = engine_args.speculative_config
-    method, tokens = (getattr(engine_args, name, None) for name in ("spec_method", "spec_tokens"))
-    if raw is None and method is None:
+    if raw is None and engine_args.spec_method is None:
         return SelfSpecConfig.from_env(os.environ.get(ENV_VAR, ""))
     raw = {key.replace("-", "_"): value for key, value in (raw or {}).items()}
-    if method is not None:
-        raw.setdefault("method", method)
+    if engine_args.spec_method is not None:
+        raw.setdefault("method", engine_args.spec_method)
     if raw.get("method") != "selfspec":
         return None
-    if tokens is not None:
-        raw.setdefault("num_speculative_tokens", tokens)
+    if engine_args.spec_tokens is not None:
+        raw.setdefault("num_speculative_tokens", engine_args.spec_tokens)
     return SelfSpecConfig.parse(raw)
