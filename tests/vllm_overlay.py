@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,18 +54,19 @@ def main() -> None:
     installed = importlib.util.find_spec("vllm")
     if installed is None or installed.origin is None or not list(Path(installed.origin).parent.glob("_C*.so")):
         sys.exit("no CPU build of vLLM is installed beside this Python: run make setup ENGINE=cpu first.")
-    with tempfile.TemporaryDirectory() as downloads:
+    # Beside the folder, so that it appears as a whole.
+    with tempfile.TemporaryDirectory(dir=arguments.folder.absolute().parent) as downloads:
         made = Path(downloads) / "site"
 
         def pip(command: str, *options: str) -> None:
-            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", command, "-q", "--no-deps"]
-            subprocess.run([*pip, "--only-binary=:all:", *options, *arguments.pip_flags], check=True)
+            call = [sys.executable, "-m", "pip", "--disable-pip-version-check", command, "-q", "--no-deps"]
+            subprocess.run([*call, "--only-binary=:all:", *options, *arguments.pip_flags], check=True)
 
         pip("download", "--dest", downloads, f"vllm=={arguments.version}")
         (wheel,) = Path(downloads).glob("vllm-*.whl")
         unpack(wheel, made, Path(installed.origin).parent)
         pip("install", "--target", str(made), *NEW_REQUIREMENTS)
-        shutil.move(made, arguments.folder)
+        made.rename(arguments.folder)
 
 
 if __name__ == "__main__":

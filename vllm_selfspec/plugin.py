@@ -314,7 +314,9 @@ def refuse(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -
 
     asked = getattr(self, "speculative_config", None)
     method = asked.get("method") if isinstance(asked, dict) else getattr(self, "spec_method", None)
-    if method == "selfspec" or (asked is None and SelfSpecConfig.from_env(os.environ.get(ENV_VAR, ""))):
+    if method is None and asked is None and SelfSpecConfig.from_env(os.environ.get(ENV_VAR, "")):
+        method = "selfspec"
+    if method == "selfspec":
         raise ConfigError(
             f"method selfspec runs on {INSTALL_VLLM}, and this is {vllm.__version__}: install one of them, or remove "
             f"the speculative config and {ENV_VAR}."

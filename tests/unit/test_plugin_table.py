@@ -117,6 +117,16 @@ def test_another_version_is_else_left_alone(newer_vllm: types.ModuleType, settin
     assert newer_vllm.EngineArgs(settings).create_speculative_config("model") == (settings, "model")
 
 
+def test_another_version_that_is_asked_for_another_method_does_not_look_at_the_variable(
+    newer_vllm: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    register()
+    monkeypatch.setenv(ENV_VAR, "1")
+    arguments = newer_vllm.EngineArgs()
+    arguments.spec_method = "ngram"
+    assert arguments.create_speculative_config("model") == (None, "model")
+
+
 def test_a_version_that_is_built_another_way_is_left_alone(newer_vllm: types.ModuleType):
     del newer_vllm.EngineArgs.create_speculative_config
     register()

