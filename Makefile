@@ -90,8 +90,10 @@ unit-test: setup
 # Two at a time, a thread each and none pinned: starting engines is most of the work, and that is serial.
 ENGINE_TESTS := HF_HUB_OFFLINE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 KMP_BLOCKTIME=1 \
 	$(BIN)/python -m pytest -v --durations=25 -n 2 --dist loadfile
-V2_TESTS := $(addprefix tests/engine/test_,distribution.py::test_distribution_on_runner_v2 \
+# Slow where Triton is interpreted, so only what depends on the runner.
+V2_TESTS := $(addprefix tests/engine/test_,distribution.py::test_distribution_on_runners_for_gpus \
 	families.py following_weights.py kv_slots.py recorded_graphs.py)
+CUDA_TESTS := $(filter-out %/test_recorded_graphs.py,$(V2_TESTS)) tests/engine/test_piecewise_graphs.py
 
 engine-test: setup
 	@echo "test 3/4: engine tests"
@@ -115,6 +117,8 @@ newest-vllm-test: $(NEWEST)
 		framework_updates kv_slots served weight_transfer cuda_fakes live_profile compat))
 	echo "test 4/4: engine tests on vLLM $(VLLM_VERSION), model runner V2"
 	VLLM_USE_V2_MODEL_RUNNER=1 $(ENGINE_TESTS) $(V2_TESTS)
+	echo "test 4/4: engine tests on vLLM $(VLLM_VERSION), CUDA's platform played by the CPU"
+	SELFSPEC_EMULATED_CUDA=1 VLLM_USE_V2_MODEL_RUNNER=0 $(ENGINE_TESTS) $(CUDA_TESTS)
 
 clean:
 	rm -rf $(VENV) build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,10 +12,13 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import emulated_cuda
 import interpreted_triton
 
 if interpreted_triton.wanted():
     interpreted_triton.install()
+if emulated_cuda.wanted():
+    emulated_cuda.install()
 
 import pytest
 from tiny_models import write_checkpoint

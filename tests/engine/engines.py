@@ -22,6 +22,8 @@ from vllm.sampling_params import RequestOutputKind
 
 from vllm_selfspec.control.policy import Controller, Decision
 from vllm_selfspec.drafter.quantize import QuantizedLinear
+from vllm_selfspec.drafter.quantize_cuda import CudaLinear
+from vllm_selfspec.drafter.quantize_cuda import _tensors as tensors_of
 from vllm_selfspec.scheduler import SelfSpecScheduling
 
 BLOCK = 32
@@ -250,5 +252,7 @@ def generate(llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams)
 
 def addresses(state: QuantizedLinear) -> list[int]:
     """Where the buffers of a drafter's int8 weight lie."""
+    if isinstance(state, CudaLinear):
+        return [tensor.data_ptr() for tensor in tensors_of(state._layer).values()]
     tensors = getattr(state, "_tensors", None) or (state._handler.handler_tensor,)
     return [tensor.data_ptr() for tensor in tensors]

@@ -12,12 +12,18 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import emulated_cuda
 import torch
 
 
-def wanted() -> bool:
+def on_runner_v2() -> bool:
     """Whether the tests run on runner V2 and there is no GPU to do so."""
     return os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" and not torch.cuda.is_available()
+
+
+def wanted() -> bool:
+    """Whether what the tests run needs Triton."""
+    return on_runner_v2() or emulated_cuda.wanted()
 
 
 def install() -> None:

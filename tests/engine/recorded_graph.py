@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 from vllm import LLM
+from vllm.compilation import cuda_graph
 from vllm.config.compilation import CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.v1.attention import selector
@@ -115,6 +116,17 @@ def recorded_graphs() -> Iterator[None]:
         selector._cached_get_attn_backend.cache_clear()
         yield
     selector._cached_get_attn_backend.cache_clear()
+
+
+@contextmanager
+def recorded_pieces() -> Iterator[None]:
+    """Within it, compiled engines on runner V1 replay what lies between two attention layers as `RecordedGraph`s."""
+    RecordedGraph.replays = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+        patch.setattr(torch.cuda, "graph", capturing)
+        patch.setattr(cuda_graph, "weak_ref_tensors", lambda tensors: tensors)
+        yield
 
 
 def capture(llm: LLM) -> None:

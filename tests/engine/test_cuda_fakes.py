@@ -6,14 +6,14 @@ import importlib.util
 import inspect
 import json
 import os
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import plain_kernels
 import pytest
 import torch
 from torch import nn
@@ -22,9 +22,6 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor import parameter
 from vllm.model_executor.kernels import linear
-from vllm.model_executor.kernels.linear import MPLinearKernel
-from vllm.model_executor.layers.quantization.utils import replace_parameter
-from vllm.model_executor.parameter import BasevLLMParameter, permute_param_layout_
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu import model_runner as v2_runner
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
@@ -46,77 +43,14 @@ from vllm_selfspec.drafter.runner import RUNNER_VARIABLE, choose_runner, every_d
 from vllm_selfspec.plugin import register
 
 
-class PlainInt4Kernel(MPLinearKernel):
-    """W4A16 by dequantizing; like Marlin it repacks the checkpoint's layout, and keeps a workspace of its own."""
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 75
-
-    @classmethod
-    def can_implement(cls, c: Any) -> tuple[bool, str | None]:
-        return c.act_type in (torch.float16, torch.bfloat16), "half precision only"
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        self.workspace = torch.zeros(4)
-
-        def transpose(x: torch.Tensor) -> torch.Tensor:
-            assert isinstance(x, BasevLLMParameter)
-            dims = {"packed_dim": 0} if hasattr(x, "packed_dim") else {}
-            permute_param_layout_(x, input_dim=0, output_dim=1, **dims)
-            x.data = x.data.contiguous()
-            return x
-
-        self._transform_param(layer, self.w_q_name, transpose)
-        self._transform_param(layer, self.w_s_name, transpose)
-        layer.w_zp = nn.Parameter(torch.empty(0, dtype=torch.int32), requires_grad=False)
-
-    def apply_weights(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        assert x.ndim == 2 and x.dtype == self.config.act_type and bias is None
-        packed, scale, _ = self._get_weight_params(layer)  # [K / 8, N], [K / group, N]
-        values = (packed.unsqueeze(1) >> torch.arange(0, 32, 4, dtype=torch.int32)[:, None]) & 15
-        values = values.reshape(-1, packed.shape[1]) - self.config.weight_type.bias
-        weight = values * scale.float().repeat_interleave(self.config.group_size, dim=0)
-        return (x.float() @ weight).to(x.dtype)
-
-
-class PlainScaledKernel:
-    """int8 or fp8 W8A8 by dequantizing, with vLLM's scaled-mm interface; the weight may come as [N, K] or [K, N]."""
-
-    def __init__(self, transposed: bool) -> None:
-        self.transposed = transposed
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        if not self.transposed:  # int8 kernels take the checkpoint's layout and turn it
-            replace_parameter(layer, "weight", nn.Parameter(layer.weight.t().data, requires_grad=False))
-        scale = nn.Parameter(layer.weight_scale.data, requires_grad=False)
-        replace_parameter(layer, "weight_scale", scale)
-
-    def apply_weights(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        assert x.ndim == 2 and bias is None
-        assert layer.weight.shape[0] == x.shape[1]
-        return (x.float() @ (layer.weight.float() * layer.weight_scale.reshape(1, -1))).to(x.dtype)
-
-
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """vLLM's choosers hand out the stand-ins above; parameters need no tensor-parallel group."""
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(parameter, "get_tensor_model_parallel_world_size", lambda: 1)
 
-    def choose(config: Any, compute_capability: int | None = None) -> type[PlainInt4Kernel]:
-        possible, reason = PlainInt4Kernel.can_implement(config)
-        if not possible:
-            raise ValueError(f"no kernel:\n {reason}")
-        return PlainInt4Kernel
-
-    def int8(is_channelwise: bool, is_static_input_scheme: bool, input_symmetric: bool, module_name: str) -> Any:
-        assert is_channelwise and not is_static_input_scheme and input_symmetric
-        return PlainScaledKernel(transposed=False)
-
-    monkeypatch.setattr(linear, "choose_mp_linear_kernel", choose)
-    monkeypatch.setattr(linear, "init_int8_linear_kernel", int8)
-    monkeypatch.setattr(linear, "init_fp8_linear_kernel", lambda **_: PlainScaledKernel(transposed=True))
+    for name, function in plain_kernels.CHOOSERS.items():
+        monkeypatch.setattr(linear, name, function)
     yield
 
 
@@ -175,7 +109,9 @@ def test_odd_shapes_are_refused_in_one_sentence(kernels: None, precision: Any, s
 
 
 def test_a_missing_kernel_is_a_config_error(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PlainInt4Kernel, "can_implement", classmethod(lambda cls, c: (False, "no such\n device")))
+    monkeypatch.setattr(
+        plain_kernels.PlainInt4Kernel, "can_implement", classmethod(lambda cls, c: (False, "no such\n device"))
+    )
     with pytest.raises(ConfigError, match="to another precision or 'native'") as caught:
         CudaLinear(torch.randn(32, 128), "int4")
     assert "\n" not in str(caught.value)
@@ -666,23 +602,34 @@ def test_wrong_options_are_refused(script: Any, argv: list[str], capsys: pytest.
     assert caught.value.code == 2 and argv[0].lstrip("-") in capsys.readouterr().err
 
 
-def test_vllm_is_packed_without_its_extensions(script: Any, tmp_path: Path) -> None:
+def test_vllm_is_packed_with_the_kernels_that_hopper_needs(script: Any, tmp_path: Path) -> None:
     site = tmp_path / "site"
-    (site / "vllm" / "inner").mkdir(parents=True)
-    (site / "vllm-0.32.0.dist-info").mkdir()
-    (site / "vllm" / "inner" / "module.py").write_text("x = 1\n" * 5000 + "# " + os.urandom(4000).hex())
-    (site / "vllm" / "_C.abi3.so").write_bytes(b"compiled")
-    (site / "vllm-0.32.0.dist-info" / "METADATA").write_text("Name: vllm\n")
+    random = os.urandom(4000)
+    written = {
+        "vllm/inner/module.py": b"x = 1\n" * 5000,
+        "vllm/_C_stable_libtorch.abi3.so": random,
+        "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so": random,
+        "vllm-0.33.0.dist-info/METADATA": b"Name: vllm\n",
+        "orjson/__init__.py": b"",
+    }
+    left_out = {
+        "vllm/vllm-rs": random,
+        "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so": random,
+        "vllm/__pycache__/module.pyc": random,
+        "vllm/third_party/deep_gemm/__init__.py": b"",
+    }
+    for name, content in {**written, **left_out}.items():
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_bytes(content)
     parts = script.pack(site, tmp_path / "pieces", piece_mib=0.002)
     assert len(parts) > 1 and all(part.stat().st_size <= 0.002 * 2**20 for part in parts)
-    (tmp_path / "vllm.zip").write_bytes(b"".join(part.read_bytes() for part in parts))
-    with zipfile.ZipFile(tmp_path / "vllm.zip") as archive:
-        names = set(archive.namelist())
-    assert {"vllm/inner/module.py", "vllm-0.32.0.dist-info/METADATA", "vllm/_C_stable_libtorch.py"} <= names
-    assert not any(name.endswith(".so") for name in names)
+    (tmp_path / "site.zip").write_bytes(b"".join(part.read_bytes() for part in parts))
+    with zipfile.ZipFile(tmp_path / "site.zip") as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == written
 
 
-def test_the_extension_stub_answers_what_vllm_asks_on_import(script: Any) -> None:
-    code = script.EXTENSION_STUB + "\nprint([torch.ops._C.cutlass_scaled_mm_supports_fp8(90)])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[False]"
+def test_the_plugin_is_found_where_only_its_source_is(script: Any, tmp_path: Path) -> None:
+    (found,) = distributions(path=[str(script.write_metadata(tmp_path / "metadata"))])
+    (plugin,) = found.entry_points.select(group="vllm.general_plugins")
+    assert (found.name, plugin.name) == ("vllm-selfspec", "selfspec")
+    assert plugin.load() is register

@@ -8,12 +8,12 @@ before shows as well. The drafters are bad ones, so that rejections are common.
 from __future__ import annotations
 
 import itertools
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import interpreted_triton
 import pytest
 import torch
 from engines import drafter_of, engine, random_lengths, random_views, watch
@@ -28,7 +28,7 @@ from vllm_selfspec.drafter.speculator import SelfDraftSpeculator
 
 VOCABULARY = 16
 LENGTH = 4
-V2_LENGTH, V2_COUNT = 3, 800
+GPU_LENGTH, GPU_COUNT = 3, 800
 PROMPT = (3, 1, 4)
 CHECKPOINT: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64} | {
     "num_attention_heads": 2,
@@ -151,15 +151,15 @@ def test_distribution(setting: str, drafting: LLM, target: PreTrainedModel) -> N
     assert 0.2 < seen.acceptance < 0.9
 
 
-@pytest.mark.skipif(os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "1", reason="needs VLLM_USE_V2_MODEL_RUNNER=1")
-def test_distribution_on_runner_v2(checkpoint: str, target: PreTrainedModel) -> None:
+@pytest.mark.skipif(not interpreted_triton.wanted(), reason="needs runner V2 or CUDA's platform, and no GPU")
+def test_distribution_on_runners_for_gpus(checkpoint: str, target: PreTrainedModel) -> None:
     """Other code draws and verifies drafts there. Interpreted, a sample takes 0.2 s: fewer and shorter answers."""
     settings = {"num_speculative_tokens": 2, "drafter": DRAFTERS["exit"], "control": {"mode": "fixed"}}
     with engine(checkpoint, settings, max_num_seqs=64, max_model_len=32) as llm:
-        assert isinstance(drafter_of(llm), SelfDraftSpeculator)
-        seen = watch(llm, lambda: V2_LENGTH - 1)
-        (answers,) = sample(llm, [SETTINGS["temperature 1"]], V2_COUNT, V2_LENGTH)
-    assert p_value(answers, exact(target, SETTINGS["temperature 1"], length=V2_LENGTH)) > SIGNIFICANCE
+        assert isinstance(drafter_of(llm), SelfDraftSpeculator) == interpreted_triton.on_runner_v2()
+        seen = watch(llm, lambda: GPU_LENGTH - 1)
+        (answers,) = sample(llm, [SETTINGS["temperature 1"]], GPU_COUNT, GPU_LENGTH)
+    assert p_value(answers, exact(target, SETTINGS["temperature 1"], length=GPU_LENGTH)) > SIGNIFICANCE
     assert 0.2 < seen.acceptance < 0.9
 
 
@@ -254,9 +254,9 @@ def test_chi_square_tells_the_drafter_from_the_target(target: PreTrainedModel, c
     assert p_value(draw(exact(early, setting)), joint) < CERTAINTY
     # A temperature that is 5 % off is no longer the target's distribution either.
     assert p_value(draw(exact(target, {"temperature": 1.05})), joint) < SIGNIFICANCE
-    # The few that runner V2 is judged by are enough for that, too.
-    short = exact(early, setting, length=V2_LENGTH)
-    assert p_value(draw(short, V2_COUNT), exact(target, setting, length=V2_LENGTH)) < CERTAINTY
+    # The few that runners for GPUs are judged by are enough for that, too.
+    short = exact(early, setting, length=GPU_LENGTH)
+    assert p_value(draw(short, GPU_COUNT), exact(target, setting, length=GPU_LENGTH)) < CERTAINTY
 
 
 def test_chi_square_sees_a_drafter_that_misreports_its_distribution(

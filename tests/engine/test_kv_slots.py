@@ -35,7 +35,7 @@ from vllm import LLM, RequestOutput
 
 from vllm_selfspec.drafter import proposer, speculator
 
-RECORDED = interpreted_triton.wanted()
+RECORDED = interpreted_triton.on_runner_v2()
 """On runner V2, batches of one, two and three draft by replayed graphs, the first with a row of padding."""
 if RECORDED:
     from recorded_graph import RecordedGraph, capture, recorded_graphs
@@ -285,7 +285,8 @@ def test_inspector_sees_a_target_that_does_not_rewrite(
     def skip_last(*args: Any, **kwargs: Any) -> Any:
         mapping = compute(*args, **kwargs)
         if mapping is None:
-            tables.slot_mapping.np[1:3] = -1
+            for buffer in (tables.slot_mapping.np, tables.slot_mapping.gpu):  # the CPU fills one, CUDA the other
+                buffer[1:3] = -1
         else:
             mapping[0, 1:3] = -1
         return mapping

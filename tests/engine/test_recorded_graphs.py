@@ -15,7 +15,7 @@ import torch
 from engines import Job, drive, engine, greedy, random_lengths, random_prompt, texts, watch
 from vllm import LLM, SamplingParams
 
-if not interpreted_triton.wanted():
+if not interpreted_triton.on_runner_v2():
     pytest.skip("needs VLLM_USE_V2_MODEL_RUNNER=1 and no GPU", allow_module_level=True)
 
 from recorded_graph import RecordedGraph, capture, recorded_graphs

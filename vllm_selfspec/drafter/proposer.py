@@ -160,14 +160,18 @@ class SelfDraftProposer(DraftModelProposer):
         super().initialize_cudagraph_keys(CUDAGraphMode.NONE if self._runner.lora_config else cudagraph_mode)
 
     @torch.inference_mode()
-    def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+    def dummy_run(
+        self, num_tokens: int, use_cudagraphs: bool = True, is_graph_capturing: bool = False, **kwargs: Any
+    ) -> None:
         """Run the drafter once, on no more rows than it will ever see: one per request."""
         self.num_speculative_tokens = 1
-        rows = max(2, min(num_tokens, self.max_batch_size))
+        rows = min(num_tokens, self.max_batch_size)
+        if not is_graph_capturing:  # what is compiled for one row may be for one row only
+            rows = max(2, rows)
         if self._runner.lora_config:
             # The target's mapping is of more rows, which the adapters' kernels would read.
             self._runner._set_active_loras((0,) * rows, (0,) * rows, set())
-        super().dummy_run(rows, *args, **kwargs)
+        super().dummy_run(rows, use_cudagraphs, is_graph_capturing, **kwargs)
         self.num_speculative_tokens = self.speculative_config.num_speculative_tokens
 
     def _allocated_tokens(self, batch_size: int) -> torch.Tensor:

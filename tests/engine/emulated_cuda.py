@@ -1,0 +1,323 @@
+"""vLLM's CUDA platform on a CPU: vLLM takes itself to be on one Hopper GPU, and every tensor is on the CPU.
+
+What runs is what runs on a GPU: CUDA's defaults and checks, its worker, both of its model runners with asynchronous
+scheduling, the metadata of FlashAttention 3, and the Triton kernels of sampler and rejection sampler (interpreted, see
+`interpreted_triton.py`). What does not: compiled CUDA kernels, for which PyTorch's operations stand, and streams, on
+which everything happens at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import nullcontext
+from itertools import pairwise
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+MEMORY = 4 << 30
+
+
+def wanted() -> bool:
+    """Whether the tests run on CUDA played by the CPU."""
+    return os.environ.get("SELFSPEC_EMULATED_CUDA") == "1"
+
+
+class Stream:
+    """Stands in for `torch.cuda.Stream`: what is put on it has run when the call returns."""
+
+    cuda_stream = 0
+    device = torch.device("cpu")
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Stream) -> None:
+        pass
+
+    def wait_event(self, event: Event) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Event:
+    """Stands in for `torch.cuda.Event`."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record(self, stream: Stream | None = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def install() -> None:
+    """Call before vLLM is imported, and after `interpreted_triton.install()`."""
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    _play_torch()
+    _stand_in_for_extensions()
+    _choose_platform()
+    _attend()
+    _quantize()
+    _start_workers_on_the_cpu()
+
+
+def _play_torch() -> None:
+    """The parts of `torch.cuda` and `torch.accelerator` that vLLM asks on one GPU."""
+
+    def nothing() -> Any:
+        return lambda *_, **__: None  # one function each: Dynamo keeps a table of them
+
+    stream = Stream()
+    properties = SimpleNamespace(
+        name="emulated", major=9, minor=0, multi_processor_count=132, total_memory=MEMORY, is_integrated=0
+    )
+    properties.gcnArchName = ""  # part of the key of Inductor's cache
+    answers = {
+        torch: {"Event": Event},
+        torch.cuda: {
+            "Stream": Stream,
+            "Event": Event,
+            "current_stream": lambda device=None: stream,
+            "stream": lambda stream: nullcontext(stream),
+            "current_device": lambda: 0,
+            "device_count": lambda: 1,
+            "get_device_capability": lambda device=None: (9, 0),
+            "get_device_name": lambda device=None: "emulated",
+            "get_device_properties": lambda device=None: properties,
+            "is_current_stream_capturing": lambda: False,
+            "max_memory_allocated": lambda device=None: 0,
+            "mem_get_info": lambda device=None: (MEMORY, MEMORY),
+        },
+        torch.cuda.memory: {"get_allocator_backend": lambda: "emulated"},
+        torch.accelerator: {
+            "current_device_index": lambda: 0,
+            "device_count": lambda: 1,
+            "get_memory_info": lambda device=None: (MEMORY, MEMORY),
+            "memory_stats": lambda device=None: {},
+            "memory_reserved": lambda device=None: 0,
+            "memory_allocated": lambda device=None: 0,
+            "max_memory_allocated": lambda device=None: 0,
+        },
+    }
+    for module, names in answers.items():
+        for name, value in names.items():
+            setattr(module, name, value)
+    for name in (
+        "empty_cache",
+        "manual_seed_all",
+        "reset_peak_memory_stats",
+        "set_device",
+        "set_stream",
+        "synchronize",
+    ):
+        setattr(torch.cuda, name, nothing())
+    for name in ("empty_cache", "empty_host_cache", "reset_peak_memory_stats", "set_device_index", "synchronize"):
+        setattr(torch.accelerator, name, nothing())
+
+
+def _stand_in_for_extensions() -> None:
+    """Empty modules for CUDA's compiled extensions, and answers to what vLLM asks them on import."""
+    flash = "vllm.vllm_flash_attn._vllm_fa"
+    for name in ("vllm._C_stable_libtorch", f"{flash}2_C", f"{flash}3_C"):
+        sys.modules[name] = ModuleType(name)
+    library = torch.library.Library("_C", "FRAGMENT")
+    for name in ("fp8", "block_fp8", "fp4"):
+        library.define(f"cutlass_scaled_mm_supports_{name}(int capability) -> bool")
+        library.impl(f"cutlass_scaled_mm_supports_{name}", lambda capability: False, "CompositeExplicitAutograd")
+    _stand_in_for_extensions.library = library  # type: ignore[attr-defined]  # it goes when nobody holds it
+
+
+def _choose_platform() -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from vllm import platforms
+    from vllm.config.kernel import IrOpPriorityConfig
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.platforms.cuda import NonNvmlCudaPlatform
+    from vllm.platforms.interface import DeviceCapability
+
+    class EmulatedCuda(NonNvmlCudaPlatform):
+        """Says of itself what CUDA says, but for where tensors are."""
+
+        device_type = "cpu"
+        dispatch_key = "CPU"
+        dist_backend = "gloo"
+        simple_compile_backend = "eager"
+
+        @staticmethod
+        def graph_pool_handle() -> tuple[int, int]:
+            return (0, 0)
+
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+            return DeviceCapability(9, 0)
+
+        @classmethod
+        def get_device_total_memory(cls, device_id: int = 0) -> int:
+            return MEMORY
+
+        @classmethod
+        def is_pin_memory_available(cls) -> bool:
+            return False
+
+        @classmethod
+        def check_and_update_config(cls, vllm_config: Any) -> None:
+            super().check_and_update_config(vllm_config)
+            vllm_config.compilation_config.custom_ops = ["none"]
+
+        @classmethod
+        def get_default_ir_op_priority(cls, vllm_config: Any) -> IrOpPriorityConfig:
+            return IrOpPriorityConfig.with_default(["native"])
+
+    target = GPUTarget("cuda", 90, 32)
+    driver.set_active(SimpleNamespace(get_current_target=lambda: target))  # type: ignore[arg-type]
+    platforms._current_platform = EmulatedCuda()
+    platforms.current_platform = platforms._current_platform
+    CpuPlatform.import_kernels()  # layers look their operators up even where they use none
+
+    # Names of fused kernels that only CUDA has, which the patterns of the compiler's passes mention on import.
+    import vllm.model_executor.models.llama
+    from torch._ops import _OpNamespace
+
+    find = _OpNamespace.__getattr__
+
+    class Absent:
+        def __getattr__(self, name: str) -> Absent:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return Absent()
+
+    def find_or_absent(self: Any, name: str) -> Any:
+        try:
+            return find(self, name)
+        except AttributeError:
+            if name.startswith("__"):
+                raise
+            return Absent()
+
+    _OpNamespace.__getattr__ = find_or_absent
+    try:
+        import vllm.compilation.passes.pass_manager  # noqa: F401
+    finally:
+        _OpNamespace.__getattr__ = find
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *_: Any,
+) -> None:
+    """Stands in for `reshape_and_cache_flash`: keys and values [tokens, heads, size] into slots, below 0 nowhere."""
+    used = slot_mapping >= 0
+    slots = slot_mapping[used]
+    block, offset = slots // key_cache.shape[1], slots % key_cache.shape[1]
+    key_cache[block, offset] = key[: len(used)][used]
+    value_cache[block, offset] = value[: len(used)][used]
+
+
+def schedule_attention(*_: Any, cache_seqlens: torch.Tensor, **__: Any) -> torch.Tensor:
+    """Stands in for FlashAttention 3's plan of a step: the contexts that it was made for, and one more."""
+    return torch.cat([cache_seqlens, cache_seqlens.new_ones(1)]).to(torch.int32)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seqused_k: torch.Tensor,
+    block_table: torch.Tensor,
+    softmax_scale: float,
+    causal: bool,
+    window_size: list[int] | None = None,
+    softcap: float = 0.0,
+    scheduler_metadata: torch.Tensor | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """Stands in for `flash_attn_varlen_func` over a paged cache; refuses a plan that was made for other contexts.
+
+    Args:
+        q: [tokens, query heads, size]; `out` alike.
+        k, v: [blocks, block size, heads, size].
+        cu_seqlens_q: [requests + 1], where each one's tokens begin.
+        seqused_k: [requests], context with the step's own tokens.
+        block_table: [requests, blocks].
+    """
+    ends = cu_seqlens_q.tolist()
+    for row, (start, end) in enumerate(pairwise(ends)):
+        context = int(seqused_k[row])
+        if start == end:
+            continue
+        if scheduler_metadata is not None and scheduler_metadata[row] != context:
+            raise AssertionError(f"attention was planned for a context of {scheduler_metadata[row]}, not {context}")
+        blocks = block_table[row, : -(-context // k.shape[1])].long()
+        keys, values = (cache[blocks].flatten(0, 1)[:context] for cache in (k, v))
+        groups = q.shape[1] // keys.shape[1]
+        keys, values = (half.repeat_interleave(groups, dim=1).float() for half in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", q[start:end].float(), keys) * softmax_scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        place = torch.arange(context)
+        own = place[context - (end - start) :, None]
+        hidden = (place > own) if causal else torch.zeros_like(place > own)
+        if window_size is not None and window_size[0] >= 0:
+            hidden = hidden | (place < own - window_size[0])
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        out[start:end] = torch.einsum("hqk,khd->qhd", weights, values).to(out.dtype)
+    return out
+
+
+def _attend() -> None:
+    from vllm.v1.attention.backends import flash_attn
+
+    flash_attn.reshape_and_cache_flash = write_kv
+    flash_attn.get_scheduler_metadata = schedule_attention
+    flash_attn.flash_attn_varlen_func = attend
+    # Compiled, it has no float32, in which alone greedy texts are the same to the token.
+    flash_attn.FlashAttentionBackend.supported_dtypes = [torch.float32, torch.bfloat16]
+
+
+def _quantize() -> None:
+    """The drafter's products for CUDA, with stand-ins for vLLM's kernels."""
+    import plain_kernels
+    from vllm.model_executor.kernels import linear
+
+    from vllm_selfspec.drafter import quantize, quantize_cuda
+
+    for name, function in plain_kernels.CHOOSERS.items():
+        setattr(linear, name, function)
+    # They ask where a tensor is, which says nothing here.
+    quantize.default_precision = lambda device_type: quantize_cuda.default_cuda_precision()
+    quantize.usable_precisions = lambda device_type: quantize_cuda.usable_cuda_precisions()
+    quantize.quantize = lambda weight, precision, light=None: quantize_cuda.CudaLinear(weight, precision)
+
+
+def _start_workers_on_the_cpu() -> None:
+    from vllm.utils.mem_utils import MemorySnapshot
+    from vllm.v1.sample.ops import topk_topp_sampler
+    from vllm.v1.worker import gpu_worker
+
+    def init_device(self: Any) -> None:
+        self.device = torch.device("cpu")
+        gpu_worker.init_worker_distributed_environment(
+            self.vllm_config, self.rank, self.distributed_init_method, self.local_rank, "gloo"
+        )
+        gpu_worker.set_random_seed(self.model_config.seed)
+        self.init_snapshot = MemorySnapshot(device=self.device)
+        self.requested_memory = gpu_worker.request_memory(self.init_snapshot, self.cache_config, 0)
+        self._init_workspace_and_model_runner()
+
+    gpu_worker.Worker.init_device = init_device
+    gpu_worker.kernel_warmup = lambda *_, **__: None
+    topk_topp_sampler.HAS_TRITON = False  # the interpreter cannot run that kernel

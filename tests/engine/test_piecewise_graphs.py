@@ -1,0 +1,95 @@
+"""Compiled engines on runner V1 and CUDA's platform, whose pieces between attention layers are recorded and replayed.
+
+This is how a GPU runs selfspec by default. With a native view and all layers the drafter is the target, so that every
+draft is accepted, unless a graph holds on to something that should have changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import emulated_cuda
+import pytest
+from engines import Job, drive, engine, greedy, random_lengths, random_prompt, texts, watch
+from vllm import SamplingParams
+
+if not emulated_cuda.wanted():
+    pytest.skip("needs SELFSPEC_EMULATED_CUDA=1", allow_module_level=True)
+
+from recorded_graph import RecordedGraph, recorded_pieces
+
+SERVING: dict[str, Any] = {
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,
+    "enforce_eager": False,
+    # As on a GPU, but for Inductor and the fusions whose kernels a CPU lacks.
+    "compilation_config": {
+        "backend": "eager",
+        "cudagraph_mode": "PIECEWISE",
+        "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
+        "pass_config": {
+            "enable_qk_norm_rope_fusion": False,
+            "fuse_act_quant": False,
+            "fuse_attn_quant": False,
+            "fuse_norm_quant": False,
+        },
+    },
+}
+NATIVE = {"weights": "native", "lm_head": "native"}
+
+
+def jobs(params: SamplingParams) -> list[Job]:
+    return [Job(random_prompt(length, length), params, arrival=3 * i) for i, length in enumerate((5, 30, 20, 40))]
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[..., str]) -> str:
+    return tiny("llama", num_hidden_layers=2)
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    with recorded_pieces():
+        yield
+
+
+@pytest.fixture(scope="module")
+def expected(model: str) -> Any:
+    with engine(model, max_num_seqs=4, max_num_batched_tokens=64) as llm:
+        return texts(drive(llm, jobs(greedy(32))))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_every_draft_of_the_target_itself_is_accepted(temperature: float, model: str, expected: Any) -> None:
+    settings = {"num_speculative_tokens": 6, "drafter": NATIVE, "control": {"mode": "fixed"}}
+    with engine(model, settings, **SERVING) as llm:
+        seen = watch(llm, random_lengths(3, 6))
+        outputs = drive(llm, jobs(SamplingParams(temperature=temperature, max_tokens=32)))
+    assert seen.acceptance == 1.0
+    # Three pieces for each forward pass, of which most are drafts of one to four requests.
+    assert seen.drafted > 60 and RecordedGraph.replays > 90
+    if temperature == 0:
+        assert texts(outputs) == expected
+
+
+def test_the_flag_alone(model: str, expected: Any) -> None:
+    """Measures its profile with graphs of every batch size, one request among them, and adapts."""
+    with engine(model, {}, **SERVING) as llm:
+        measured = RecordedGraph.replays
+        assert texts(drive(llm, jobs(greedy(32)))) == expected
+    assert measured > 50 and RecordedGraph.replays > measured + 30
+
+
+def test_graphs_follow_new_weights(tiny: Callable[..., str], model: str, expected: Any) -> None:
+    """A refresh writes into the buffers that the graphs read."""
+    settings = {"num_speculative_tokens": 6, "drafter": {"weights": "int8", "lm_head": "int8"}}
+    with engine(
+        tiny("llama", num_hidden_layers=2, seed=5), settings | {"control": {"mode": "fixed"}}, **SERVING
+    ) as llm:
+        drive(llm, jobs(greedy(32)))
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
+        seen = watch(llm)
+        assert texts(drive(llm, jobs(greedy(32)))) == expected
+    assert seen.acceptance > 0.6
