@@ -201,12 +201,30 @@ MENDS = (
         "vllm_selfspec.compat.cpu_empty_top_k:apply_top_k_top_p",
         needed="vllm_selfspec.compat.cpu_empty_top_k:broken",
     ),
-    Seam(
-        "vllm.v1.sample.sampler:Sampler.apply_logits_processors",
-        "min_tokens counts the drafts before a bonus token",
-        ("self", "logits", "sampling_metadata", "predict_bonus_token"),
-        "vllm_selfspec.compat.min_tokens_bonus:apply_logits_processors",
-        needed="vllm_selfspec.compat.min_tokens_bonus:broken",
+    *(  # in this order: without the last one vLLM is still broken
+        Seam(
+            target, why, parameters, f"vllm_selfspec.compat.min_tokens:{name}", "vllm_selfspec.compat.min_tokens:broken"
+        )
+        for target, why, parameters, name in (
+            (
+                "vllm.v1.worker.gpu_input_batch:InputBatch._make_sampling_metadata",
+                "min_tokens has the tokens that are known",
+                ("self",),
+                "make_sampling_metadata",
+            ),
+            (
+                "vllm.v1.sample.sampler:Sampler.apply_logits_processors",
+                "min_tokens counts the drafts before a bonus token",
+                ("self", "logits", "sampling_metadata", "predict_bonus_token"),
+                "apply_logits_processors",
+            ),
+            (
+                "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor.update_state",
+                "min_tokens does not count drafts before they are verified",
+                ("self", "batch_update"),
+                "update_state",
+            ),
+        )
     ),
     *(
         Seam(

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/run_all.py --out results                        # all stages, all shapes
     python benchmarks/gpu/run_all.py --device cpu --tiny --out /tmp/dry   # the same code on a tiny model, in minutes
-    python benchmarks/gpu/run_all.py pack SITE_PACKAGES PIECES            # for a machine without vLLM, see docs/gpu.md
+    python benchmarks/gpu/run_all.py pack SITE PIECES                     # for a machine without vLLM, see docs/gpu.md
 
 Stages:
     correctness  the engine tests on this device, and greedy decoding of real weights against plain decoding
@@ -27,9 +27,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ COLUMNS = ("model", "batch", "seq", "gamma", "mode", "mean_ms", "median_ms", "st
 ENGINE_TESTS = ("test_kv_slots", "test_lossless_stress", "test_distribution", "test_families", "test_following_weights")
 PIECE_MIB = 48
 REPETITIONS = 5
+PLUGINS = "vllm.general_plugins"
 
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu"}
 _QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rms_norm_eps": 1e-6, "hidden_act": "silu"}
@@ -89,22 +92,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
-EXTENSION_STUB = '''"""Stands for a compiled extension that is missing here: answers what vLLM asks on import."""
-import torch
-
-_library = torch.library.Library("_C", "FRAGMENT")
-for _name in ("fp8", "block_fp8", "fp4"):
-    try:
-        _library.define(f"cutlass_scaled_mm_supports_{_name}(int capability) -> bool")
-        _library.impl(f"cutlass_scaled_mm_supports_{_name}", lambda capability: False, "CompositeExplicitAutograd")
-    except RuntimeError:  # defined already by another stub
-        pass
-'''
-EXTENSIONS = ("_C", "_C_stable_libtorch", "_moe_C", "_moe_C_stable_libtorch")
-COMPILED_KERNELS = (
-    "CutlassW4A8LinearKernel,MacheteLinearKernel,MarlinLinearKernel,ConchLinearKernel,ExllamaLinearKernel,"
-    "HummingLinearKernel,CutlassInt8ScaledMMLinearKernel,CutlassFP8ScaledMMLinearKernel,MarlinFP8ScaledMMLinearKernel"
+LEFT_OUT = (
+    "vllm/vllm-rs",
+    "vllm/vllm_flash_attn/_vllm_fa2_C.",
+    "vllm/third_party/deep_gemm/",
+    "vllm/third_party/fmha_sm100/",
+    "vllm/_deepselect_C.",
+    "vllm/_flashkda_C.",
+    "vllm/_flashmla_C.",
+    "vllm/_flashmla_extension_C.",
+    "vllm/_qutlass_C.",
 )
+"""Parts of vLLM's wheel that a dense model on a Hopper GPU does without: two thirds of its size."""
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -128,7 +127,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--checkpoint", help="small real weights for the greedy comparison")
     parser.add_argument("--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner")
     parser.add_argument("--minutes", type=float, default=25, help="no new engine is started after this long")
-    parser.add_argument("--bare", type=Path, help="folder made by `pack` and unpacked here: vLLM without extensions")
+    parser.add_argument("--site", type=Path, help="folder of vLLM and its requirements, made by `pack`, unpacked here")
     options = parser.parse_args(argv)
     if options.tiny:
         options.models, options.batches, options.seqs, options.gammas = ["tiny"], [1, 2], [32, 64], [1, 3]
@@ -171,6 +170,19 @@ def write_shape(name: str, folder: Path) -> Path:
     config = SHAPES[name] | {"torch_dtype": "bfloat16", "tie_word_embeddings": False, "bos_token_id": 0}
     (path / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}, indent=2))
     return path
+
+
+def write_metadata(folder: Path) -> Path:
+    """Metadata by which vLLM finds the plugin in every process although only its source is on the path."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    info = folder / "vllm_selfspec-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    plugins = project["entry-points"][PLUGINS]
+    info.joinpath("METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0\n")
+    info.joinpath("entry_points.txt").write_text(
+        "\n".join([f"[{PLUGINS}]", *(f"{name} = {target}" for name, target in plugins.items())]) + "\n"
+    )
+    return folder
 
 
 def parameter_bytes(shape: dict[str, Any], bytes_per_weight: float = 2) -> float:
@@ -304,10 +316,11 @@ class Run:
     def _environment(self) -> dict[str, str]:
         environment = dict(os.environ)
         paths = [str(ROOT), environment.get("PYTHONPATH", "")]
-        if self.options.bare is not None:
-            paths.insert(0, str(self.options.bare))
-            environment["VLLM_DISABLED_KERNELS"] = COMPILED_KERNELS
-            environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+        if not entry_points(group=PLUGINS, name="selfspec"):  # the source is here, but it was never installed
+            paths.append(str(write_metadata(self.scratch / "metadata")))
+        if self.options.site is not None:
+            paths.insert(0, str(self.options.site))
+            environment["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # FlashInfer does not travel
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the sweep dictates draft lengths to the scheduler
         environment["HF_HUB_OFFLINE"] = "1"
@@ -371,8 +384,6 @@ def build_engine(options: dict[str, Any], model: str, selfspec: dict[str, Any] |
     defaults: dict[str, Any] = {"skip_tokenizer_init": True, "generation_config": "vllm", "disable_log_stats": False}
     if options["device"] == "cpu":
         defaults |= {"block_size": 32, "enforce_eager": True}
-    if options["bare"] is not None:
-        defaults |= {"attention_backend": "TRITON_ATTN", "compilation_config": {"custom_ops": ["none"]}}
     if selfspec is not None:
         drafter = {"weights": options["weights"], "lm_head": options["lm_head"]} | selfspec.get("drafter", {})
         defaults["speculative_config"] = {"method": "selfspec"} | selfspec | {"drafter": drafter}
@@ -555,32 +566,26 @@ JOBS = {"tests": tests_job, "greedy": greedy_job, "sweep": sweep_job, "rollout":
 
 
 def pack(site_packages: Path, pieces: Path, piece_mib: float = PIECE_MIB) -> list[Path]:
-    """vLLM's Python files, its metadata and stubs for its extensions as one zip, cut into pieces that can be sent.
+    """vLLM, its compiled kernels for Hopper and its requirements as one zip, cut into pieces that can be sent.
 
-    `cat PIECES/vllm.zip.* >vllm.zip && python -m zipfile -e vllm.zip FOLDER` puts them together again.
+    `cat PIECES/site.zip.* >site.zip && python -m zipfile -e site.zip SITE` puts them together again.
     """
     pieces.mkdir(parents=True, exist_ok=True)
-    metadata = sorted(site_packages.glob("vllm-*.dist-info"))
-    if not (site_packages / "vllm").is_dir() or not metadata:
-        raise SystemExit(
-            f"{site_packages} holds no vllm with its dist-info: give the folder of an unpacked vllm wheel."
-        )
-    whole = pieces / "vllm.zip"
+    if not (site_packages / "vllm").is_dir() or not list(site_packages.glob("vllm-*.dist-info")):
+        raise SystemExit(f"{site_packages} holds no vllm with its dist-info: fill it with pip install --target first.")
+    whole = pieces / "site.zip"
     with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED) as archive:
-        for folder in (site_packages / "vllm", *metadata):
-            for path in sorted(folder.rglob("*")):
-                if path.is_file() and ".so" not in path.suffixes and "__pycache__" not in path.parts:
-                    archive.write(path, path.relative_to(site_packages))
-        for name in EXTENSIONS:
-            archive.writestr(f"vllm/{name}.py", EXTENSION_STUB)
+        for path in sorted(site_packages.rglob("*")):
+            name = path.relative_to(site_packages)
+            if path.is_file() and "__pycache__" not in path.parts and not name.as_posix().startswith(LEFT_OUT):
+                archive.write(path, name)
     size = int(piece_mib * 2**20)
-    content = whole.read_bytes()
-    whole.unlink()
     parts = []
-    for number, start in enumerate(range(0, len(content), size)):
-        part = pieces / f"vllm.zip.{number:02d}"
-        part.write_bytes(content[start : start + size])
-        parts.append(part)
+    with whole.open("rb") as file:
+        while content := file.read(size):
+            parts.append(pieces / f"site.zip.{len(parts):02d}")
+            parts[-1].write_bytes(content)
+    whole.unlink()
     return parts
 
 
@@ -593,7 +598,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if argv[:1] == ["pack"]:
         if len(argv) != 3:
-            raise SystemExit("usage: run_all.py pack SITE_PACKAGES PIECES")
+            raise SystemExit("usage: run_all.py pack SITE PIECES")
         print(json.dumps([str(part) for part in pack(Path(argv[1]), Path(argv[2]))]))
         return 0
     run = Run(parse_arguments(argv))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,8 +11,9 @@ import pytest
 import torch
 from engines import Job, drive, engine, greedy, random_prompt, texts
 from vllm import SamplingParams
+from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 
-from vllm_selfspec.compat import cpu_expand
+from vllm_selfspec.compat import cpu_expand, min_tokens
 
 
 def run_fresh(program: str) -> list[str]:
@@ -90,21 +92,44 @@ print(">", mended(logits.clone(), torch.tensor([2], dtype=torch.int32), None).to
     assert printed == ["True", "False", "True", "[[-inf, 3.0, 2.0, -inf]]"]
 
 
-def test_min_tokens_before_the_bonus_token_is_found_and_mended() -> None:
+def test_wrong_counts_of_min_tokens_are_found_and_mended() -> None:
     printed = run_fresh(
         STAND_INS
         + """
+from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 from vllm.v1.sample.sampler import Sampler
-from vllm_selfspec.compat import min_tokens_bonus
-print(">", min_tokens_bonus.broken())
+from vllm.v1.worker.gpu_input_batch import InputBatch
+from vllm_selfspec.compat import min_tokens
+def methods():
+    return (
+        Sampler.apply_logits_processors, MinTokensLogitsProcessor.update_state, InputBatch._make_sampling_metadata
+    )
+originals = methods()
+print(">", min_tokens._miscounts_bonus_tokens(), min_tokens._counts_placeholders())
 mend()
-mended = Sampler.apply_logits_processors
-print(">", min_tokens_bonus.broken())
+mended = methods()
+print(">", not set(mended) & set(originals), min_tokens._miscounts_bonus_tokens(), min_tokens._counts_placeholders())
 mend()
-print(">", Sampler.apply_logits_processors is mended)
+print(">", methods() == mended)
 """
     )
-    assert printed == ["True", "False", "True"]
+    assert printed == ["True True", "True False False", "True"]
+
+
+def test_min_tokens_waits_for_tokens_that_are_known() -> None:
+    """Under asynchronous scheduling drafts stand as placeholders in the output until they are verified."""
+    update = functools.partial(min_tokens.update_state, MinTokensLogitsProcessor.update_state)
+    processor = MinTokensLogitsProcessor(None, torch.device("cpu"), False)  # type: ignore[arg-type]
+    output = [5, 6, -1, -1, -1]
+    processor.min_toks = {0: (4, output, {1}, False)}
+    update(processor, None)
+    assert processor.min_toks[0][1] is output
+    output[2:] = [7]  # both drafts were rejected
+    update(processor, None)
+    assert processor.min_toks[0][1] is output
+    output += [8, -1]
+    update(processor, None)
+    assert not processor.min_toks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])
