@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_selfspec.control.policy import Controller, Decision
-from vllm_selfspec.drafter.quantize import QuantizedLinear
+from vllm_selfspec.drafter.quantize import QuantizedLinear, usable_precisions
 from vllm_selfspec.drafter.quantize_cuda import CudaLinear
 from vllm_selfspec.drafter.quantize_cuda import _tensors as tensors_of
 from vllm_selfspec.scheduler import SelfSpecScheduling
@@ -62,6 +64,14 @@ def engine(model: str, selfspec: dict[str, Any] | None = None, **arguments: Any)
         del llm
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+def skip_without_kernels(drafter: dict[str, Any]) -> None:
+    """Skip a test whose drafter has a precision for which this platform has no kernels."""
+    usable = usable_precisions(current_platform.device_type)
+    for name in ("weights", "lm_head"):
+        if drafter[name] not in usable:
+            pytest.skip(f"no kernels for drafter.{name} {drafter[name]} on this platform")
 
 
 def free_port() -> int:

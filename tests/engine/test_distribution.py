@@ -16,7 +16,7 @@ from typing import Any
 import interpreted_triton
 import pytest
 import torch
-from engines import drafter_of, engine, random_lengths, random_views, watch
+from engines import drafter_of, engine, random_lengths, random_views, skip_without_kernels, watch
 from scipy import stats
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -66,6 +66,7 @@ def target(checkpoint: str) -> PreTrainedModel:
 
 @pytest.fixture(scope="module", params=list(DRAFTERS))
 def drafting(checkpoint: str, request: pytest.FixtureRequest) -> Iterator[LLM]:
+    skip_without_kernels(DRAFTERS[request.param])
     settings = {"num_speculative_tokens": 5, "drafter": DRAFTERS[request.param], "control": {"mode": "fixed"}}
     with engine(checkpoint, settings, max_num_seqs=256, max_model_len=32, num_gpu_blocks_override=600) as llm:
         yield llm

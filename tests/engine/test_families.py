@@ -10,6 +10,7 @@ import pytest
 import torch
 from engines import Job, drafter_of, drive, engine, greedy, random_lengths, random_prompt, texts, watch
 from tiny_models import FAMILIES
+from vllm.platforms import current_platform
 
 from vllm_selfspec.drafter.quantize import quantize
 from vllm_selfspec.drafter.view import DrafterLinearMethod
@@ -65,7 +66,7 @@ def test_family_equals_plain_decoding(
             assert sum("qkv_proj" in name for name in quantized) == 4
 
 
-@pytest.mark.skipif(emulated_cuda.wanted(), reason="on CPU alone")
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="on CPU alone")
 @pytest.mark.parametrize("weights", ["int4", "int4+int8"])
 def test_int4_leaves_the_attention_inputs_at_int8(weights: str, tiny: Callable[..., str]) -> None:
     settings = {"drafter": {"weights": weights, "lm_head": "int4"}, "control": {"mode": "fixed"}}

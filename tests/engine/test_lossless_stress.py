@@ -11,7 +11,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from engines import BLOCK, Job, drive, engine, greedy, random_lengths, random_prompt, random_views, texts, watch
+from engines import (
+    BLOCK,
+    Job,
+    drive,
+    engine,
+    greedy,
+    random_lengths,
+    random_prompt,
+    random_views,
+    skip_without_kernels,
+    texts,
+    watch,
+)
 from vllm import RequestOutput, SamplingParams
 
 MAX_MODEL_LEN = 5 * BLOCK
@@ -131,6 +143,7 @@ def test_equals_plain_decoding(
     plain: dict[str, tuple[list[Job], list[RequestOutput | None]]],
     tiny: Callable[..., str],
 ) -> None:
+    skip_without_kernels(DRAFTERS[drafter])
     with engine(tiny("llama"), selfspec(drafter), enable_prefix_caching=prefix_caching, **TIGHT) as llm:
         for number, (name, (jobs, expected)) in enumerate(plain.items()):
             seen = watch(llm, random_lengths(number, LONGEST), random_views(number))
