@@ -93,8 +93,9 @@ ENGINE_TESTS := HF_HUB_OFFLINE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREAD
 # Slow where Triton is interpreted, so only what depends on the runner.
 V2_TESTS := $(addprefix tests/engine/test_,distribution.py::test_distribution_on_runners_for_gpus \
 	families.py following_weights.py kv_slots.py recorded_graphs.py)
-CUDA_TESTS := $(filter-out %/test_recorded_graphs.py,$(V2_TESTS)) tests/engine/test_piecewise_graphs.py \
-	'tests/engine/test_lossless_stress.py::test_equals_plain_decoding[native-False]'
+CUDA_TESTS := $(addprefix tests/engine/test_,distribution.py::test_distribution_on_runners_for_gpus following_weights.py \
+	kv_slots.py piecewise_graphs.py) 'tests/engine/test_lossless_stress.py::test_equals_plain_decoding[native-False]' \
+	$(patsubst %,'tests/engine/test_families.py::test_family_equals_plain_decoding[%]',int8-qwen2 int8-gemma2 exit-llama)
 
 engine-test: setup
 	@echo "test 3/4: engine tests"
