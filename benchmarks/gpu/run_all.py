@@ -103,7 +103,7 @@ LEFT_OUT = (
     "vllm/_flashmla_extension_C.",
     "vllm/_qutlass_C.",
 )
-"""Parts of vLLM's wheel that a dense model on a Hopper GPU does without: two thirds of its size."""
+"""Parts of vLLM's wheel that a dense model on a Hopper GPU does without: more than half of its size."""
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 MEMORY = 4 << 30
+STUBS = torch.library.Library("_C", "FRAGMENT")
+"""Operators that stand for those of compiled extensions; they go when nobody holds it."""
 
 
 def wanted() -> bool:
@@ -127,11 +129,9 @@ def _stand_in_for_extensions() -> None:
     flash = "vllm.vllm_flash_attn._vllm_fa"
     for name in ("vllm._C_stable_libtorch", f"{flash}2_C", f"{flash}3_C"):
         sys.modules[name] = ModuleType(name)
-    library = torch.library.Library("_C", "FRAGMENT")
     for name in ("fp8", "block_fp8", "fp4"):
-        library.define(f"cutlass_scaled_mm_supports_{name}(int capability) -> bool")
-        library.impl(f"cutlass_scaled_mm_supports_{name}", lambda capability: False, "CompositeExplicitAutograd")
-    _stand_in_for_extensions.library = library  # type: ignore[attr-defined]  # it goes when nobody holds it
+        STUBS.define(f"cutlass_scaled_mm_supports_{name}(int capability) -> bool")
+        STUBS.impl(f"cutlass_scaled_mm_supports_{name}", lambda capability: False, "CompositeExplicitAutograd")
 
 
 def _choose_platform() -> None:

@@ -7,6 +7,7 @@ draft is accepted, unless a graph holds on to something that should have changed
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import emulated_cuda
@@ -74,8 +75,9 @@ def test_every_draft_of_the_target_itself_is_accepted(temperature: float, model:
         assert texts(outputs) == expected
 
 
-def test_the_flag_alone(model: str, expected: Any) -> None:
+def test_the_flag_alone(model: str, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures its profile with graphs of every batch size, one request among them, and adapts."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no profile of an earlier run
     with engine(model, {}, **SERVING) as llm:
         measured = RecordedGraph.replays
         assert texts(drive(llm, jobs(greedy(32)))) == expected
