@@ -92,10 +92,11 @@ ENGINE_TESTS := HF_HUB_OFFLINE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREAD
 	$(BIN)/python -m pytest -v --durations=25 -n 2 --dist loadfile
 # Slow where Triton is interpreted, so only what depends on the runner.
 V2_TESTS := $(addprefix tests/engine/test_,distribution.py::test_distribution_on_runners_for_gpus \
-	families.py following_weights.py kv_slots.py recorded_graphs.py)
-CUDA_TESTS := $(addprefix tests/engine/test_,distribution.py::test_distribution_on_runners_for_gpus following_weights.py \
-	kv_slots.py piecewise_graphs.py) 'tests/engine/test_lossless_stress.py::test_equals_plain_decoding[native-False]' \
+	families.py following_weights.py kv_slots.py recorded_graphs.py compiled_graphs.py)
+V1_CUDA_TESTS := $(addprefix tests/engine/test_,distribution.py::test_distribution_on_runners_for_gpus \
+	following_weights.py kv_slots.py compiled_graphs.py) \
 	$(patsubst %,'tests/engine/test_families.py::test_family_equals_plain_decoding[%]',int8-qwen2 int8-gemma2 exit-llama)
+STRESS_TEST := 'tests/engine/test_lossless_stress.py::test_equals_plain_decoding[native-False]'
 
 engine-test: setup
 	@echo "test 3/4: engine tests"
@@ -117,10 +118,10 @@ newest-vllm-test: $(NEWEST)
 	echo "test 4/4: engine tests on vLLM $(VLLM_VERSION)"
 	$(ENGINE_TESTS) $(addprefix tests/engine/test_,$(addsuffix .py,distribution families following_weights \
 		framework_updates kv_slots served weight_transfer cuda_fakes live_profile compat))
-	echo "test 4/4: engine tests on vLLM $(VLLM_VERSION), model runner V2"
-	VLLM_USE_V2_MODEL_RUNNER=1 $(ENGINE_TESTS) $(V2_TESTS)
-	echo "test 4/4: engine tests on vLLM $(VLLM_VERSION), CUDA's platform played by the CPU"
-	SELFSPEC_EMULATED_CUDA=1 VLLM_USE_V2_MODEL_RUNNER=0 $(ENGINE_TESTS) $(CUDA_TESTS)
+	echo "test 4/4: engine tests on vLLM $(VLLM_VERSION), CUDA's platform played by the CPU, model runner V2"
+	SELFSPEC_EMULATED_CUDA=1 VLLM_USE_V2_MODEL_RUNNER=1 $(ENGINE_TESTS) $(V2_TESTS) $(STRESS_TEST)
+	echo "test 4/4: engine tests on vLLM $(VLLM_VERSION), CUDA's platform played by the CPU, model runner V1"
+	SELFSPEC_EMULATED_CUDA=1 VLLM_USE_V2_MODEL_RUNNER=0 $(ENGINE_TESTS) $(V1_CUDA_TESTS) $(STRESS_TEST)
 
 clean:
 	rm -rf $(VENV) build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -280,6 +280,12 @@ IN_V2_WORKERS = (
         ("vllm_config", "device", "req_states"),
         "vllm_selfspec.drafter.speculator:init_speculator",
     ),
+    Seam(
+        "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates",
+        "every draft length has CUDA graphs for its batches, and plain decoding keeps those that it has without drafts",
+        ("self",),
+        "vllm_selfspec.drafter.verify_graphs:init_candidates",
+    ),
 )
 
 WORKER_METHODS = {
@@ -356,7 +362,7 @@ def create_speculative_config(
             f"scheduler_cls is {self.scheduler_cls!r}, but method selfspec brings its own: remove one of the two."
         )
     self.scheduler_cls = "vllm_selfspec.scheduler.build_scheduler"
-    return build(settings, target_model_config, target_parallel_config)
+    return build(settings, target_model_config, target_parallel_config, self.enable_lora)
 
 
 def requested_settings(engine_args: Any) -> SelfSpecConfig | None:

@@ -104,6 +104,7 @@ class SelfSpecScheduling(Scheduler):
             self._dictated = num_draft_tokens, light
 
         self._observations = observations
+        self._in_flight.clear()  # asynchronously scheduled for requests that are done: not one of these steps
         try:
             yield dictate
         finally:

@@ -67,13 +67,18 @@ class SelfSpecSpeculativeConfig(SpeculativeConfig):
         return self.selfspec.control.mode != "fixed"
 
 
-def build(settings: SelfSpecConfig, model: ModelConfig, parallel: ParallelConfig) -> SelfSpecSpeculativeConfig:
+def build(
+    settings: SelfSpecConfig, model: ModelConfig, parallel: ParallelConfig, lora: bool = False
+) -> SelfSpecSpeculativeConfig:
     """The engine's speculative config for `settings`.
+
+    Args:
+        lora: the engine serves adapters.
 
     Raises:
         ConfigError: if this model or this parallel layout cannot be drafted for; the sentence names the field.
     """
-    choose_runner()
+    choose_runner(lora)
     check_engine(settings, model, parallel)
     return SelfSpecSpeculativeConfig(
         selfspec=settings,

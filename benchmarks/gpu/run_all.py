@@ -125,7 +125,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--longest", type=int, default=8192, help="most tokens of a rollout's answer")
     parser.add_argument("--rounds", type=int, default=2, help="rollouts per engine")
     parser.add_argument("--checkpoint", help="small real weights for the greedy comparison")
-    parser.add_argument("--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner")
+    parser.add_argument("--runner", choices=("v1", "v2"), default="v2", help="vLLM's model runner")
     parser.add_argument("--minutes", type=float, default=25, help="no new engine is started after this long")
     parser.add_argument("--site", type=Path, help="folder of vLLM and its requirements, made by `pack`, unpacked here")
     options = parser.parse_args(argv)

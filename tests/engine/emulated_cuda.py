@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
-from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -218,11 +217,11 @@ def write_kv(
     *_: Any,
 ) -> None:
     """Stands in for `reshape_and_cache_flash`: keys and values [tokens, heads, size] into slots, below 0 nowhere."""
-    used = slot_mapping >= 0
-    slots = slot_mapping[used]
+    slots = slot_mapping.clamp(min=0)
     block, offset = slots // key_cache.shape[1], slots % key_cache.shape[1]
-    key_cache[block, offset] = key[: len(used)][used]
-    value_cache[block, offset] = value[: len(used)][used]
+    used = (slot_mapping >= 0)[:, None, None]
+    for cache, new in ((key_cache, key), (value_cache, value)):
+        cache[block, offset] = torch.where(used, new[: len(slots)], cache[block, offset])
 
 
 def schedule_attention(*_: Any, cache_seqlens: torch.Tensor, **__: Any) -> torch.Tensor:
@@ -245,7 +244,9 @@ def attend(
     scheduler_metadata: torch.Tensor | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """Stands in for `flash_attn_varlen_func` over a paged cache; refuses a plan that was made for other contexts.
+    """Stands in for `flash_attn_varlen_func` over a paged cache; a plan that was made for other contexts gives NaN.
+
+    As on a GPU, nothing is read on the host, and the rows of `out` past the last request stay as they are.
 
     Args:
         q: [tokens, query heads, size]; `out` alike.
@@ -254,27 +255,32 @@ def attend(
         seqused_k: [requests], context with the step's own tokens.
         block_table: [requests, blocks].
     """
-    ends = cu_seqlens_q.tolist()
-    for row, (start, end) in enumerate(pairwise(ends)):
-        context = int(seqused_k[row])
-        if start == end:
-            continue
-        if scheduler_metadata is not None and scheduler_metadata[row] != context:
-            raise AssertionError(f"attention was planned for a context of {scheduler_metadata[row]}, not {context}")
-        blocks = block_table[row, : -(-context // k.shape[1])].long()
-        keys, values = (cache[blocks].flatten(0, 1)[:context] for cache in (k, v))
-        groups = q.shape[1] // keys.shape[1]
-        keys, values = (half.repeat_interleave(groups, dim=1).float() for half in (keys, values))
-        scores = torch.einsum("qhd,khd->hqk", q[start:end].float(), keys) * softmax_scale
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        place = torch.arange(context)
-        own = place[context - (end - start) :, None]
-        hidden = (place > own) if causal else torch.zeros_like(place > own)
-        if window_size is not None and window_size[0] >= 0:
-            hidden = hidden | (place < own - window_size[0])
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
-        out[start:end] = torch.einsum("hqk,khd->qhd", weights, values).to(out.dtype)
+    token = torch.arange(len(q))
+    row = torch.searchsorted(cu_seqlens_q[1:].contiguous(), token, right=True)
+    padding = row == len(seqused_k)
+    row = row.clamp(max=len(seqused_k) - 1)
+    context = seqused_k[row][:, None].long()
+    own = context - (cu_seqlens_q[row + 1] - token)[:, None]
+    blocks = block_table[row].long()  # [tokens, blocks]
+    place = torch.arange(blocks.shape[1] * k.shape[1])
+    hidden = place >= context
+    if causal:
+        hidden = hidden | (place > own)
+    if window_size is not None and window_size[0] >= 0:
+        hidden = hidden | (place < own - window_size[0])
+    keys, values = (cache[blocks].flatten(1, 2).float() for cache in (k, v))  # [tokens, places, heads, size]
+    values = values.masked_fill(hidden[:, :, None, None], 0.0)  # what is there may be no number
+    queries = q.float().unflatten(1, (keys.shape[2], -1))  # [tokens, heads, queries per head, size]
+    scores = torch.einsum("thgd,tkhd->thgk", queries, keys) * softmax_scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(dim=-1)
+    result = torch.einsum("thgk,tkhd->thgd", weights, values).flatten(1, 2)
+    nothing = hidden.all(dim=1)[:, None, None]
+    result = result.masked_fill(nothing, 0.0)
+    if scheduler_metadata is not None:
+        result = result.masked_fill((scheduler_metadata[row, None] != context)[:, :, None], torch.nan)
+    out.copy_(torch.where(padding[:, None, None], out, result.to(out.dtype)))
     return out
 
 

@@ -20,6 +20,7 @@ from triton.runtime.interpreter import GridExecutor
 from vllm import LLM
 from vllm.compilation import cuda_graph
 from vllm.config.compilation import CUDAGraphMode
+from vllm.model_executor.layers.attention import attention
 from vllm.platforms import current_platform
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends import triton_attn
@@ -27,6 +28,11 @@ from vllm.v1.worker.gpu import cudagraph_utils
 
 READS = {torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
 """Operations whose result decides on the host."""
+OPAQUE = {
+    torch.ops.vllm.unified_kv_cache_update.default: attention.unified_kv_cache_update,
+    torch.ops.vllm.unified_attention_with_output.default: attention.unified_attention_with_output,
+}
+"""vLLM's attention as compiled code calls it."""
 BATCH_SIZES = [2, 3]
 """Captured: one request is padded to two rows, and four draft without a graph."""
 LAUNCH = GridExecutor.__call__
@@ -36,8 +42,9 @@ class RecordedGraph(TorchDispatchMode):
     """Stands in for `torch.cuda.CUDAGraph`.
 
     Attributes:
-        replays: times that any graph was replayed, since the last `recorded_graphs()`.
+        replays: times that any graph was replayed, since the last `recorded_graphs()` or `graphs_on_cuda()`.
         recording: the graph being captured.
+        replayed: times that this one was.
     """
 
     replays = 0
@@ -46,11 +53,15 @@ class RecordedGraph(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._tape: list[Callable[[], None]] = []
+        self.replayed = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in READS:
             raise RuntimeError(f"{func} reads a tensor on the host, which a captured graph cannot do.")
         kwargs = kwargs or {}
+        if func in OPAQUE:  # PyTorch sees one operation, a GPU those inside
+            with self:
+                return OPAQUE[func](*args, **kwargs)
         results = func(*args, **kwargs)
 
         def again() -> None:
@@ -71,6 +82,7 @@ class RecordedGraph(TorchDispatchMode):
     def replay(self) -> None:
         """Run what was recorded."""
         RecordedGraph.replays += 1
+        self.replayed += 1
         for operation in self._tape:
             operation()
 
@@ -119,13 +131,21 @@ def recorded_graphs() -> Iterator[None]:
 
 
 @contextmanager
-def recorded_pieces() -> Iterator[None]:
-    """Within it, compiled engines on runner V1 replay what lies between two attention layers as `RecordedGraph`s."""
+def graphs_on_cuda() -> Iterator[None]:
+    """Within it, compiled engines on CUDA's platform record and replay every graph that they would capture there."""
+
+    def launch(kernel: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        graph = RecordedGraph.recording
+        (LAUNCH if graph is None else graph.launch)(kernel, *args, **kwargs)
+
     RecordedGraph.replays = 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
         patch.setattr(torch.cuda, "graph", capturing)
+        patch.setattr(GridExecutor, "__call__", launch)
         patch.setattr(cuda_graph, "weak_ref_tensors", lambda tensors: tensors)
+        patch.setattr(cudagraph_utils, "graph_capture", lambda device: nullcontext())
+        patch.setattr(cudagraph_utils, "capture_pool", lambda pool, config: nullcontext())
         yield
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +23,10 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor import parameter
 from vllm.model_executor.kernels import linear
+from vllm.platforms import current_platform
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu import model_runner as v2_runner
-from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.dp_utils import DPSyncState
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import TargetDependentARSpeculator
@@ -40,7 +42,8 @@ from vllm_selfspec.drafter.quantize_cuda import (
     usable_cuda_precisions,
 )
 from vllm_selfspec.drafter.runner import RUNNER_VARIABLE, choose_runner, every_draft_length
-from vllm_selfspec.plugin import register
+from vllm_selfspec.drafter.verify_graphs import MOST_TOKENS, WITH_DRAFTS, decode_batches
+from vllm_selfspec.plugin import IN_V2_WORKERS, register
 
 
 @pytest.fixture
@@ -151,9 +154,9 @@ def test_int4_in_chunks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         (70, "native", {"native"}),
         (75, "native", {"native", "int4", "int8", "fp8"}),
         (80, "int4", {"native", "int4", "int8", "fp8"}),
-        (89, "fp8", {"native", "int4", "int8", "fp8"}),
-        (90, "fp8", {"native", "int4", "int8", "fp8"}),
-        (100, "fp8", {"native", "int4", "fp8"}),
+        (89, "int4", {"native", "int4", "int8", "fp8"}),
+        (90, "int4", {"native", "int4", "int8", "fp8"}),
+        (100, "int4", {"native", "int4", "fp8"}),
     ],
 )
 def test_precisions_by_compute_capability(
@@ -162,6 +165,15 @@ def test_precisions_by_compute_capability(
     monkeypatch.setattr(quantize_cuda, "_capability", lambda: capability)
     assert default_cuda_precision() == default
     assert set(usable_cuda_precisions()) == usable
+
+
+@pytest.mark.parametrize(("capability", "default"), [(80, "native"), (89, "fp8"), (90, "fp8")])
+def test_default_without_an_int4_kernel(
+    kernels: None, monkeypatch: pytest.MonkeyPatch, capability: int, default: str
+) -> None:
+    monkeypatch.setattr(quantize_cuda, "_capability", lambda: capability)
+    monkeypatch.setattr(plain_kernels.PlainInt4Kernel, "can_implement", classmethod(lambda cls, c: (False, "none")))
+    assert default_cuda_precision() == default
 
 
 def test_this_machine_has_no_cuda_precision() -> None:
@@ -505,6 +517,65 @@ def test_v2_captures_graphs_only_where_metadata_can_be_refreshed(
     assert modes == [CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.NONE, CUDAGraphMode.NONE]
 
 
+@pytest.fixture
+def graph_manager(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], CudaGraphManager]:
+    """`graph_manager(selfspec)`: the target's, with or without selfspec, as if its graphs were captured."""
+    alone = SimpleNamespace(is_first_rank=True, is_last_rank=True)
+    monkeypatch.setattr("vllm.v1.worker.gpu.cudagraph_utils.get_pp_group", lambda: alone)
+    monkeypatch.setattr(type(current_platform), "get_global_graph_pool", lambda self: None)
+    vllm_config.compilation_config.cudagraph_capture_sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+    vllm_config.compilation_config.max_cudagraph_capture_size = 512
+    vllm_config.scheduler_config.max_num_seqs = 256
+    settings = vllm_config.speculative_config.selfspec
+    settings = settings.model_copy(update={"control": settings.control.model_copy(update={"mode": "adaptive"})})
+    adaptive = replace(vllm_config.speculative_config, selfspec=settings)
+    adaptive.num_speculative_tokens_per_batch_size = every_draft_length(MAX_DRAFTS)
+
+    def make(selfspec: bool) -> CudaGraphManager:
+        vllm_config.speculative_config = adaptive if selfspec else None
+        queries = 1 + MAX_DRAFTS if selfspec else 1
+        manager = CudaGraphManager(vllm_config, torch.device("cpu"), CUDAGraphMode.FULL_AND_PIECEWISE, queries)
+        manager._graphs_captured = True
+        return manager
+
+    monkeypatch.setattr(CudaGraphManager, "_init_candidates", CudaGraphManager._init_candidates)  # to be put back
+    next(seam for seam in IN_V2_WORKERS if seam.target.endswith("_init_candidates")).apply()
+    return make
+
+
+def test_v2_every_decoding_batch_has_a_graph_of_the_whole_target(
+    graph_manager: Callable[[bool], CudaGraphManager],
+) -> None:
+    plain, manager = graph_manager(False), graph_manager(True)
+    for batch in range(1, 257):
+        assert manager.dispatch(batch, batch, 1, 0, 1) == plain.dispatch(batch, batch, 1, 0, 1)
+        for queries in range(2, MAX_DRAFTS + 2):
+            graph = manager.dispatch(batch, queries * batch, queries, 0, queries)
+            if queries * batch <= 192 or (batch in WITH_DRAFTS and queries * batch <= MOST_TOKENS):
+                assert graph.cg_mode == CUDAGraphMode.FULL
+            elif queries * batch <= 512:
+                assert graph.cg_mode in (CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE)
+            if graph.cg_mode == CUDAGraphMode.FULL:
+                assert graph.uniform_token_count == queries
+                assert batch <= graph.num_reqs <= 1.5 * batch
+                assert graph.num_tokens == queries * graph.num_reqs
+                assert graph in manager._capture_descs[CUDAGraphMode.FULL]
+    # Requests with drafts of different lengths, or with prompts beside them, run in pieces.
+    assert manager.dispatch(3, 12, None, 0).cg_mode == CUDAGraphMode.PIECEWISE
+    assert manager.dispatch(3, 500, None, 0) == plain.dispatch(3, 500, None, 0)
+
+
+@pytest.mark.parametrize(("sizes", "requests"), [([1, 2, 4], 256), ([1, 2, 4, 8, 16, 24], 20), ([8], 3)])
+def test_v2_graphs_stay_within_what_the_user_allows(sizes: list[int], requests: int) -> None:
+    batches = decode_batches(sizes, requests, 3)
+    assert set(batches) == {1, 2, 3, 4}
+    for queries, counts in batches.items():
+        assert counts == sorted(counts)
+        assert all(count <= requests and queries * count <= max(sizes) for count in counts)
+    assert batches[1] == [size for size in sizes if size <= requests]
+    assert batches[2] == {256: [1, 2], 20: [1, 2, 3, 4, 5, 6, 7, 8, 12], 3: [1, 2, 3]}[requests]
+
+
 @pytest.mark.parametrize("most", [1, 3, 7])
 def test_the_table_of_draft_lengths_holds_every_length(most: int) -> None:
     lookup = build_dynamic_sd_schedule_lookup(every_draft_length(most), 128, most)
@@ -512,18 +583,24 @@ def test_the_table_of_draft_lengths_holds_every_length(most: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "cuda", "result"),
-    [(None, True, "0"), ("1", True, "1"), ("0", True, "0"), (None, False, "0"), ("1", False, "1")],
+    ("asked", "cuda", "lora", "result"),
+    [
+        (None, True, False, None),  # vLLM chooses
+        (None, True, True, "0"),
+        ("1", True, True, "1"),  # refused later, in one sentence
+        ("0", True, False, "0"),
+        (None, False, False, "0"),
+        ("1", False, False, "1"),
+    ],
 )
-def test_runner_v1_is_chosen_unless_the_user_chose(
-    monkeypatch: pytest.MonkeyPatch, asked: str | None, cuda: bool, result: str | None
+def test_the_users_choice_of_a_runner_stands(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, cuda: bool, lora: bool, result: str | None
 ) -> None:
-    from vllm.platforms import current_platform
-
     monkeypatch.setenv(RUNNER_VARIABLE, "placeholder")
     monkeypatch.delenv(RUNNER_VARIABLE) if asked is None else monkeypatch.setenv(RUNNER_VARIABLE, asked)
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: cuda)
-    choose_runner()
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: not cuda)
+    choose_runner(lora)
     assert os.environ.get(RUNNER_VARIABLE) == result
 
 

@@ -72,7 +72,8 @@ class TrainerExtension:
         """SkyRL: one chunk; it then loads the same tensors into any drafter that has a `load_weights`."""
         with set_current_vllm_config(self.vllm_config), torch.device(self.device):
             self.model_runner.model.load_weights(weights=weights)
-            drafter = self.model_runner.drafter.model
+            runner = self.model_runner
+            drafter = (runner.speculator if hasattr(runner, "speculator") else runner.drafter).model
             assert not hasattr(drafter, "load_weights"), "the target's tensors would be loaded into the drafter"
 
     def trainer_finish(self: Any) -> None:

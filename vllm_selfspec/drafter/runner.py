@@ -7,13 +7,17 @@ import os
 RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 
 
-def choose_runner() -> None:
-    """Use runner V1 on CUDA and CPU unless the user has chosen; called before vLLM builds its config.
+def choose_runner(lora: bool) -> None:
+    """Use a runner on which selfspec drafts, unless the user has chosen one; called before vLLM builds its config.
 
-    vLLM's own default on CUDA is V2, whose speculator (`speculator.py`) has not run on a GPU. On CPU it is V2 where a
-    Triton that compiles for CPU is installed, and the faster sampling (`compat/cpu_sampling.py`) is V1's. The choice is
-    made through vLLM's environment variable, which worker processes inherit, so it also holds for engines that this
-    process builds later.
+    On CUDA that is vLLM's own choice, V2 for all that it supports: with V2 a whole draft step is one CUDA graph, and so
+    is the verification of every draft length. V1 has graphs of pieces only, but drafts with adapters. On CPU vLLM would
+    take V2 where a Triton that compiles for CPU is installed, and the faster sampling (`compat/cpu_sampling.py`) is
+    V1's. V1 is chosen through vLLM's environment variable, which worker processes inherit, so it also holds for engines
+    that this process builds later.
+
+    Args:
+        lora: the engine serves adapters.
     """
     from vllm import envs
     from vllm.logger import init_logger
@@ -21,17 +25,12 @@ def choose_runner() -> None:
     from vllm.triton_utils import HAS_TRITON
 
     cuda = current_platform.is_cuda()
-    if not (cuda or current_platform.is_cpu()):
+    if envs.VLLM_USE_V2_MODEL_RUNNER is not None or not (current_platform.is_cpu() or (cuda and lora)):
         return
-    logger = init_logger("vllm.selfspec")
-    if envs.VLLM_USE_V2_MODEL_RUNNER is None:
-        os.environ[RUNNER_VARIABLE] = "0"
-        if HAS_TRITON:  # else vLLM has no V2 to try
-            logger.info_once("selfspec uses model runner V1: set %s=1 to try V2.", RUNNER_VARIABLE)
-    elif envs.VLLM_USE_V2_MODEL_RUNNER and cuda:
-        logger.warning_once(
-            "selfspec on model runner V2 has not yet run on a GPU: set %s=0 if it misbehaves.", RUNNER_VARIABLE
-        )
+    os.environ[RUNNER_VARIABLE] = "0"
+    if HAS_TRITON:  # else vLLM has no V2 to try
+        reason = "which can draft with adapters" if cuda else "whose sampling is the faster one on CPU"
+        init_logger("vllm.selfspec").info_once("selfspec uses model runner V1, %s.", reason)
 
 
 def every_draft_length(num_speculative_tokens: int) -> list[tuple[int, int, int]]:

@@ -6,7 +6,8 @@ same graph, for every γ, with no work and no synchronisation on the host in bet
 refresh their metadata on the device, and batches beyond the captured sizes, run the same step without a graph.
 
 Not run on a GPU yet. In the engine tests it runs on CPU under vLLM's own V2 runner, with Triton's interpreter, with and
-without (recorded) graphs. Runner V1 is what selfspec chooses, see `runner.py`.
+without (recorded) graphs. On CUDA it is what an engine without adapters gets, see `runner.py`; the graphs in which the
+target verifies are in `verify_graphs.py`.
 """
 
 from __future__ import annotations

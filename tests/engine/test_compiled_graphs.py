@@ -1,7 +1,8 @@
-"""Compiled engines on runner V1 and CUDA's platform, whose pieces between attention layers are recorded and replayed.
+"""Compiled engines on CUDA's platform, whose CUDA graphs are recorded and replayed: how a GPU runs selfspec by default.
 
-This is how a GPU runs selfspec by default. With a native view and all layers the drafter is the target, so that every
-draft is accepted, unless a graph holds on to something that should have changed.
+On runner V1 these are the pieces between attention layers. On V2 whole passes of the target, for every draft length,
+and whole draft steps are graphs too. With a native view and all layers the drafter is the target, so that every draft
+is accepted, unless a graph holds on to something that should have changed.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import emulated_cuda
+import interpreted_triton
 import pytest
-from engines import Job, drive, engine, greedy, random_lengths, random_prompt, texts, watch
+from engines import Job, drafter_of, drive, engine, greedy, random_lengths, random_prompt, runner_of, texts, watch
 from vllm import SamplingParams
 
 if not emulated_cuda.wanted():
     pytest.skip("needs SELFSPEC_EMULATED_CUDA=1", allow_module_level=True)
 
-from recorded_graph import RecordedGraph, recorded_pieces
+from recorded_graph import RecordedGraph, graphs_on_cuda
 
 SERVING: dict[str, Any] = {
     "max_num_seqs": 4,
@@ -27,7 +29,6 @@ SERVING: dict[str, Any] = {
     # As on a GPU, but for Inductor and the fusions whose kernels a CPU lacks.
     "compilation_config": {
         "backend": "eager",
-        "cudagraph_mode": "PIECEWISE",
         "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
         "pass_config": {
             "enable_qk_norm_rope_fusion": False,
@@ -52,7 +53,7 @@ def model(tiny: Callable[..., str]) -> str:
 @pytest.fixture(autouse=True)
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
-    with recorded_pieces():
+    with graphs_on_cuda():
         yield
 
 
@@ -64,13 +65,19 @@ def expected(model: str) -> Any:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_draft_of_the_target_itself_is_accepted(temperature: float, model: str, expected: Any) -> None:
-    settings = {"num_speculative_tokens": 6, "drafter": NATIVE, "control": {"mode": "fixed"}}
+    settings = {"num_speculative_tokens": 6, "drafter": NATIVE, "control": {"mode": "off"}}  # but for `watch`
     with engine(model, settings, **SERVING) as llm:
         seen = watch(llm, random_lengths(3, 6))
         outputs = drive(llm, jobs(SamplingParams(temperature=temperature, max_tokens=32)))
-    assert seen.acceptance == 1.0
-    # Three pieces for each forward pass, of which most are drafts of one to four requests.
-    assert seen.drafted > 60 and RecordedGraph.replays > 90
+        if interpreted_triton.on_runner_v2():
+            target = runner_of(llm).cudagraph_manager.graphs
+            drafter = drafter_of(llm)._manager.graphs
+            verified = {desc.uniform_token_count for desc, graph in target.items() if graph.replayed}
+            assert len(verified) > 3, "few draft lengths were verified in a graph of the whole target"
+            assert sum(graph.replayed for graph in drafter.values()) > 50
+        else:  # three pieces for each forward pass, of which most are drafts of one to four requests
+            assert RecordedGraph.replays > 90
+    assert seen.acceptance == 1.0 and seen.drafted > 60
     if temperature == 0:
         assert texts(outputs) == expected
 
