@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import interpreted_triton
 import pytest
 import torch
 from engines import engine
@@ -17,6 +18,7 @@ from vllm_selfspec.compat import cpu_expand
 
 PLAIN_PARTS = {"scheduler", "verify forward", "verify head", "rejection sampling", "output", "rest"}
 DRAFT_PARTS = {"draft forward", "draft head", "draft sampling"}
+PLAIN_PARTS_V2 = {"scheduler", "verify forward", "verify head and sampling", "output", "rest"}
 
 # Of the tiny checkpoints: weights of one layer's linear modules, their output rows, two norms; and of the LM head.
 LAYERS, LINEAR, ROWS, NORMS = (
@@ -41,6 +43,10 @@ def split(model: str, selfspec: dict[str, Any] | None) -> tuple[dict[str, Any], 
     return found, parts
 
 
+on_v1 = pytest.mark.skipif(interpreted_triton.on_runner_v2(), reason="the parts are those of runner V1")
+
+
+@on_v1
 def test_time_split_of_plain_decoding(tiny: Callable[..., str]):
     found, parts = split(tiny(), None)
     assert parts.keys() == PLAIN_PARTS
@@ -51,6 +57,7 @@ def test_time_split_of_plain_decoding(tiny: Callable[..., str]):
     assert parts["scheduler"].bytes_per_call is parts["rest"].bytes_per_call is None
 
 
+@on_v1
 def test_time_split_of_selfspec(tiny: Callable[..., str]):
     drafter = {"weights": "int8", "lm_head": "int8", "skip_layers": [2]}
     selfspec = {"num_speculative_tokens": 2, "drafter": drafter, "control": {"mode": "fixed"}}
@@ -61,6 +68,18 @@ def test_time_split_of_selfspec(tiny: Callable[..., str]):
     assert parts["draft forward"].bytes_per_call == (LAYERS - 1) * (LINEAR + 4 * ROWS + 4 * NORMS)
     assert parts["draft head"].bytes_per_call == HEAD + 4 * HEAD_ROWS
     assert parts["verify forward"].bytes_per_call == LAYERS * 4 * (LINEAR + NORMS)
+
+
+@pytest.mark.skipif(not interpreted_triton.on_runner_v2(), reason="needs VLLM_USE_V2_MODEL_RUNNER=1 and no GPU")
+def test_time_split_on_runner_v2(tiny: Callable[..., str]):
+    _, plain = split(tiny(), None)
+    assert plain.keys() == PLAIN_PARTS_V2
+    selfspec = {"num_speculative_tokens": 2, "drafter": {"weights": "int8"}, "control": {"mode": "fixed"}}
+    _, parts = split(tiny(), selfspec)
+    assert parts.keys() == PLAIN_PARTS_V2 | {"drafts"}
+    for side in (plain, parts):
+        assert side["verify forward"].bytes_per_call == LAYERS * 4 * (LINEAR + NORMS)
+        assert all(part.calls == 1 for name, part in side.items() if name != "scheduler")
 
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="the fault is one of the CPU backend")

@@ -169,6 +169,8 @@ def test_synthetic_acceptance_is_refused_on_cpu(monkeypatch: pytest.MonkeyPatch)
         ({"batches": ""}, "names no batch size"),
         ({"table": "{}"}, "--table: needs a JSON array"),
         ({"drafter": "{"}, "--drafter: not valid JSON"),
+        ({"engine_args": "[2]"}, "--engine-args: needs a JSON object"),
+        ({"engine_args": '{"max-num-seqs": 2, "dtype": "half"}'}, "--engine-args: dtype, max_num_seqs cannot be given"),
         ({"draft_model": "/nowhere"}, "--draft-model: there is no folder /nowhere"),
     ],
 )

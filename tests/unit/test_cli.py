@@ -77,6 +77,7 @@ def test_unknown_words_exit_with_2(arguments: list[str]):
         (["--drafter", "[1]"], "--drafter: needs a JSON object"),
         (["--drafter", '{"weigths": "int8"}'], "drafter.weigths"),
         (["--control", '{"mode": "sometimes"}'], "control.mode"),
+        (["--engine-args", '{"model": "x"}'], "--engine-args: model cannot be given there"),
         (["--num-speculative-tokens", "1000"], "num_speculative_tokens"),
         (["--model", "/no/such/folder"], "--model: there is no folder /no/such/folder"),
         (["--out", "/dev/null/results"], "--out: the folder /dev/null/results cannot be made"),

@@ -90,6 +90,18 @@ def test_alternates_counts_and_saves(behave, tmp_path: Path):
     assert len(summary["ratios"]) == 2
 
 
+def test_further_engine_arguments_reach_both_engines(behave, tmp_path: Path):
+    out = tmp_path / "out"
+    further = '{"tensor-parallel-size": 2, "dtype": "half"}'
+    process = start("--model", behave("ok"), "--max-tokens", "2", "--engine-args", further, "--out", str(out))
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    for mode in ("plain", "selfspec"):
+        log = (out / f"engine-{mode}.log").read_text()
+        assert "'tensor_parallel_size': 2" in log and "'dtype': 'half'" in log
+    assert RolloutRun.load(out / "rollout.json").settings["engine_args"] == {"tensor_parallel_size": 2, "dtype": "half"}
+
+
 def test_only_one_mode(behave, tmp_path: Path):
     process = start("--model", behave("ok"), "--only", "plain", "--rounds", "1", "--out", str(tmp_path / "out"))
     _, stderr = process.communicate()

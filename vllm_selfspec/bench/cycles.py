@@ -40,18 +40,42 @@ class Timer:
     drafts: bool = False
 
 
-# Every place in vLLM 0.32 and in this package that the profile looks at. No timed method calls another one.
-TIMERS = (
+# Every place in vLLM and in this package that the profile looks at. No timed method calls another one.
+_SCHEDULER = (
     Timer("scheduler", "core.scheduler", "schedule"),
     Timer("scheduler", "core.scheduler", "update_from_output"),
     Timer("scheduler", "core.scheduler", "update_draft_token_ids"),
+)
+_OUTPUT = Timer("output", "engine.output_processor", "process_outputs")
+TIMERS = (
+    *_SCHEDULER,
     Timer("draft forward", "runner.drafter.model", "forward", drafts=True),
     Timer("draft head", "runner.drafter.model", "compute_logits", drafts=True),
     Timer("draft sampling", "module:vllm_selfspec.drafter.proposer", "sample_drafts", drafts=True),
     Timer("verify forward", "runner", "_model_forward"),
     Timer("verify head", "runner.model", "compute_logits"),
     Timer("rejection sampling", "runner", "_sample"),
-    Timer("output", "engine.output_processor", "process_outputs"),
+    _OUTPUT,
+)
+TIMERS_V2 = (
+    *_SCHEDULER,
+    Timer("drafts", "runner.speculator", "propose", drafts=True),
+    Timer("verify forward", "runner", "execute_model"),
+    Timer("verify head and sampling", "runner", "sample"),
+    _OUTPUT,
+)
+"""On model runner V2, where one graph holds a whole draft step: forward pass, head and sampling."""
+_PARTS = (
+    "scheduler",
+    "draft forward",
+    "draft head",
+    "draft sampling",
+    "drafts",
+    "verify forward",
+    "verify head",
+    "rejection sampling",
+    "verify head and sampling",
+    "output",
 )
 
 
@@ -130,7 +154,7 @@ class CycleClock:
         cycles = len(counted)
         total = sum(seconds for _, seconds in counted) / cycles
         parts: list[dict[str, Any]] = []
-        for name in dict.fromkeys(timer.part for timer in TIMERS):
+        for name in _PARTS:
             if any(name in cycle.seconds for cycle, _ in counted):
                 parts.append(
                     {
@@ -145,10 +169,13 @@ class CycleClock:
 
 
 @contextmanager
-def timers(clock: CycleClock, roots: dict[str, Any], drafts: bool) -> Iterator[None]:
-    """Put the timers of `TIMERS` in place, and take them off at the end.
+def timers(
+    clock: CycleClock, roots: dict[str, Any], drafts: bool, table: tuple[Timer, ...] | None = None
+) -> Iterator[None]:
+    """Put timers in place, and take them off at the end.
 
     Args:
+        table: the timers, by default `TIMERS`.
         roots: the objects that `Timer.owner` begins with, by name.
         drafts: whether selfspec drafts in this engine.
 
@@ -157,7 +184,7 @@ def timers(clock: CycleClock, roots: dict[str, Any], drafts: bool) -> Iterator[N
     """
     undo: list[Callable[[], None]] = []
     try:
-        for timer in TIMERS:
+        for timer in TIMERS if table is None else table:
             if timer.drafts and not drafts:
                 continue
             owner = _owner(timer, roots)
@@ -220,7 +247,7 @@ def profile(llm: Any, requests: list[dict[str, Any]], sampling: dict[str, Any]) 
     synchronize = (lambda: None) if current_platform.is_cpu() else torch.accelerator.synchronize
     _generate(llm, requests, sampling | {"max_tokens": _WARM_UP_TOKENS})
     clock = CycleClock(len(requests), synchronize)
-    with timers(clock, vars(parts), drafts):
+    with timers(clock, vars(parts), drafts, TIMERS_V2 if _is_v2(parts.runner) else TIMERS):
         _generate(llm, requests, sampling)
     split = clock.split()
     sizes = _weight_bytes(parts.runner, drafts)
@@ -280,6 +307,12 @@ def _generate(llm: Any, requests: list[dict[str, Any]], sampling: dict[str, Any]
         llm.llm_engine.step()
 
 
+def _is_v2(runner: Any) -> bool:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    return isinstance(runner, GPUModelRunner)
+
+
 def _weight_bytes(runner: Any, drafts: bool) -> dict[str, int | None]:
     from vllm_selfspec.drafter.view import language_model, lm_head_path
 
@@ -288,7 +321,7 @@ def _weight_bytes(runner: Any, drafts: bool) -> dict[str, int | None]:
         "verify forward": stack_bytes(top.model.layers),
         "verify head": linear_bytes(top.get_submodule(lm_head_path(top))),
     }
-    if drafts:
+    if drafts and not _is_v2(runner):
         draft_model = runner.drafter.model
         sizes["draft forward"] = stack_bytes(draft_model.backbone.decoder.layers)
         sizes["draft head"] = linear_bytes(draft_model._head[0].get_submodule(lm_head_path(top)))

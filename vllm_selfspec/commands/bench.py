@@ -108,6 +108,10 @@ def bench(
         int | None, typer.Option(min=2, help="Longest prompt plus sample in tokens; by default what fits in memory.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the engines' random numbers.")] = 0,
+    engine_args: Annotated[
+        str | None,
+        typer.Option(help='Further arguments of every engine, such as {"tensor_parallel_size": 2}.', metavar="JSON"),
+    ] = None,
     merge: Annotated[
         list[Path] | None,
         typer.Option(help="Measure nothing; put saved bench.json files (repeat the option) into one.", metavar="FILE"),
@@ -131,7 +135,7 @@ def bench(
 
     from vllm_selfspec.bench import results
     from vllm_selfspec.bench.peers import Choices, choose_peers
-    from vllm_selfspec.commands.rollout import _stop_signals
+    from vllm_selfspec.commands.rollout import _stop_signals, further_engine_args
     from vllm_selfspec.models import resolve_model
     from vllm_selfspec.prompts import embedded_prompts, load_prompts
     from vllm_selfspec.provenance import provenance
@@ -146,6 +150,7 @@ def bench(
 
     if synthetic_acceptance is not None:
         _check_synthetic(rollout)
+    further = further_engine_args(engine_args, "dtype", "load_format", "worker_extension_cls")
     batch_sizes = _numbers("--batches", batches, int, lowest=1)
     heats = _numbers("--temperatures", temperatures, float, lowest=0)
     cases = [results.Case(kind="batch", batch=b, temperature=t) for t in heats for b in batch_sizes]
@@ -164,7 +169,7 @@ def bench(
     chosen = choose_peers(peers, choices)
     prompt_list = embedded_prompts() if prompts is None else load_prompts(prompts)
     model_path = resolve_model(model, say)
-    engine_args: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "model": model_path,
         "max_num_seqs": max(case.batch for case in cases),
         "max_model_len": -1 if max_model_len is None else max_model_len,
@@ -174,7 +179,7 @@ def bench(
         "disable_log_stats": False,  # the acceptance counters come from these statistics
     }
     if synthetic_acceptance is not None:
-        engine_args |= {"load_format": "dummy", "skip_tokenizer_init": True}
+        arguments |= {"load_format": "dummy", "skip_tokenizer_init": True}
         prompt_list = _random_prompts(len(prompt_list), seed)
     run = results.BenchRun(
         simulated=synthetic_acceptance is not None,
@@ -199,6 +204,7 @@ def bench(
             "dtype": dtype,
             "max_model_len": max_model_len,
             "seed": seed,
+            "engine_args": further,
         },
     )
     folder = _folder(out)
@@ -206,7 +212,7 @@ def bench(
         run=run,
         folder=folder,
         console=console,
-        engine_args=engine_args,
+        engine_args=arguments | further,
         prompts=prompt_list,
         max_tokens=max_tokens,
         rounds={"batch": rounds, "rollout": rollout_rounds},
@@ -378,10 +384,9 @@ class _Bench:
         from vllm_selfspec.engine_env import is_cpu_platform
         from vllm_selfspec.engine_process import EngineProcess
 
-        arguments = dict(self.engine_args)
         prepare = None
-        if shared and not is_cpu_platform():
-            arguments["gpu_memory_utilization"] = _SHARED_GPU_FRACTION
+        fraction = {"gpu_memory_utilization": _SHARED_GPU_FRACTION} if shared and not is_cpu_platform() else {}
+        arguments = fraction | self.engine_args
         if peer is not None:
             arguments["speculative_config"] = peer.speculative_config
             if not peer.is_selfspec:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from vllm_selfspec.results import Mode, RolloutRun, Round
 
 _SAMPLES, _RUN, _PLOT, _WORKERS = "samples.jsonl", "rollout.json", "rollout.png", "workers.jsonl"
+# Engine arguments that follow from other options, or that the command needs as they are.
+_SET_ELSEWHERE = frozenset(
+    ("model", "max_num_seqs", "max_model_len", "seed", "enforce_eager", "disable_log_stats", "speculative_config")
+)
 # Two engines share one GPU: a little less than half of its memory each.
 _SHARED_GPU_FRACTION = 0.45
 
@@ -75,6 +79,10 @@ def rollout(
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Longest prompt plus sample in tokens; by default what fits in memory.")
     ] = None,
+    engine_args: Annotated[
+        str | None,
+        typer.Option(help='Further arguments of both engines, such as {"tensor_parallel_size": 2}.', metavar="JSON"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results; by default runs/rollout-<time>.", metavar="DIR")
     ] = None,
@@ -100,13 +108,14 @@ def rollout(
     from vllm_selfspec.results import RolloutRun
 
     speculative_config = build_speculative_config(num_speculative_tokens, drafter, control)
+    further = further_engine_args(engine_args)
     prompt_list = embedded_prompts() if prompts is None else load_prompts(prompts)
     console = Console(stderr=True)
     model_path = resolve_model(model, lambda message: console.print(f"[dim]{message}[/dim]"))
     folder = _make_folder(out)
 
     modes: list[Mode] = ["plain", "selfspec"] if only is Only.both else [only.value]  # type: ignore[list-item]  # StrEnum
-    engine_args: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "model": model_path,
         "max_num_seqs": batch,
         "max_model_len": -1 if max_model_len is None else max_model_len,
@@ -115,7 +124,8 @@ def rollout(
         "disable_log_stats": False,  # the acceptance counters come from these statistics
     }
     if only is Only.both and workers is None and not _is_cpu():
-        engine_args["gpu_memory_utilization"] = _SHARED_GPU_FRACTION
+        arguments["gpu_memory_utilization"] = _SHARED_GPU_FRACTION
+    arguments |= further
     run = RolloutRun(
         provenance=provenance(),
         settings={
@@ -130,13 +140,14 @@ def rollout(
             "ignore_eos": ignore_eos,
             "compile": compile_,
             "workers": workers,
+            "engine_args": further,
             "speculative_config": speculative_config,
         },
         startup_seconds={},
         rounds=[],
     )
     per_mode: dict[Mode, dict[str, Any]] = {
-        mode: engine_args | ({"speculative_config": speculative_config} if mode == "selfspec" else {}) for mode in modes
+        mode: arguments | ({"speculative_config": speculative_config} if mode == "selfspec" else {}) for mode in modes
     }
     requests = [prompt | {"id": f"{p}-{s}"} for p, prompt in enumerate(prompt_list) for s in range(n)]
     sampling = {"temperature": temperature, "max_tokens": max_tokens, "ignore_eos": ignore_eos}
@@ -189,6 +200,23 @@ def build_speculative_config(
     except ConfigError as error:
         raise UsageError(str(error)) from None
     return config
+
+
+def further_engine_args(text: str | None, *taken: str) -> dict[str, Any]:
+    """The engine arguments of --engine-args.
+
+    Args:
+        taken: arguments that another option of the command sets, beside those of `rollout`.
+
+    Raises:
+        UsageError: it is no JSON object, or names what another option sets.
+    """
+    if text is None:
+        return {}
+    arguments = {name.replace("-", "_"): value for name, value in _json_object("--engine-args", text).items()}
+    if refused := sorted(arguments.keys() & _SET_ELSEWHERE.union(taken)):
+        raise UsageError(f"--engine-args: {', '.join(refused)} cannot be given there, the command sets it")
+    return arguments
 
 
 def _json_object(option: str, text: str) -> dict[str, Any]:

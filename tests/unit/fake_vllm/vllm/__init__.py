@@ -22,6 +22,7 @@ class LLM:
         draft_model = (speculative_config or {}).get("model")
         self.behaviour = (draft_model or model).rpartition("/")[2]
         print("engine output that must not reach the caller", flush=True)
+        print(f"engine arguments: {options}", flush=True)
         if self.behaviour == "refuse":
             raise ValueError("drafter.exit_layer is 99, but the model has 4 layers: set it between 1 and 3.")
         if self.behaviour == "child":
