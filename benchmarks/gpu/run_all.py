@@ -465,7 +465,8 @@ def sweep_job(request: dict[str, Any]) -> dict[str, Any]:
 
     options, gamma = request["options"], request["gamma"]
     longest = max(options["seqs"]) + 2 + REPETITIONS * 2 * (gamma + 2)
-    control = {"mode": "fixed"}
+    control = {"mode": "off"}  # lengths are dictated; with "fixed" there would be no whole graphs without drafts
+    capture_only_what_is_measured(options["batches"], gamma)
     with tempfile.TemporaryDirectory() as folder:
         engine = build_engine(
             options,
@@ -492,6 +493,22 @@ def sweep_job(request: dict[str, Any]) -> dict[str, Any]:
                 rows += [row for row in measured if row["gamma"] or gamma == min(options["gammas"])]
         identity = profile_identity(config, config.speculative_config.selfspec)
     return {"rows": rows, "skipped_for_memory": skipped, "identity": vars(identity)}
+
+
+def capture_only_what_is_measured(batches: Sequence[int], gamma: int) -> None:
+    """From here on engines on runner V2 capture whole passes for `batches`, without drafts and with `gamma` only.
+
+    An engine that serves has graphs for every length between; capturing those would take most of a sweep's time.
+    """
+    from vllm_selfspec.drafter import verify_graphs
+
+    every = verify_graphs.decode_batches
+
+    def measured(*arguments: Any) -> dict[int, list[int]]:
+        kept = {queries: counts for queries, counts in every(*arguments).items() if queries in (1, gamma + 1)}
+        return {queries: [count for count in counts if count in batches] for queries, counts in kept.items()}
+
+    verify_graphs.decode_batches = measured
 
 
 def measure_steps(core: Any, batch: int, seq: int, gamma: int) -> list[dict[str, float]]:

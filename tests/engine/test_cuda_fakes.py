@@ -33,7 +33,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import Target
 
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.control.calibrate import read_sweep
-from vllm_selfspec.drafter import quantize_cuda
+from vllm_selfspec.drafter import quantize_cuda, verify_graphs
 from vllm_selfspec.drafter import speculator as speculator_module
 from vllm_selfspec.drafter.quantize_cuda import (
     CudaLinear,
@@ -648,6 +648,13 @@ def test_component_times_are_told_apart(script: Any, tmp_path: Path) -> None:
     assert model == "tiny" and sorted(point.component for point in points) == ["draft", "target", "verify"]
     header = (tmp_path / "sweep.csv").read_text().splitlines()[0]
     assert header == "model,batch,seq,gamma,mode,mean_ms,median_ms,std_ms,min_ms,max_ms,n_samples"
+
+
+def test_a_sweep_captures_what_it_measures(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_graphs, "decode_batches", decode_batches)  # to be put back
+    script.capture_only_what_is_measured([1, 2, 4, 8, 16, 32, 64, 128], 3)
+    captured = verify_graphs.decode_batches([1, 2, 4, *range(8, 513, 8)], 128, 3)
+    assert captured == {1: [1, 2, 4, 8, 16, 32, 64, 128], 4: [1, 2, 4, 8, 16, 32, 64]}
 
 
 def test_a_batch_that_was_never_decoded_plainly_gives_no_rows(script: Any) -> None:
