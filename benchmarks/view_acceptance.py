@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_selfspec.drafter.quantize import int4_groups
-from vllm_selfspec.drafter.quantize_cuda import quantize_per_channel
+from vllm_selfspec.drafter.quantize_cuda import quantize_int4, quantize_per_channel
 from vllm_selfspec.prompts import embedded_prompts, encode_prompt
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
@@ -38,6 +38,13 @@ def int4(weight: torch.Tensor, fits: int) -> torch.Tensor:
     return ((q.float() - 8) * scale + zero).flatten(1)
 
 
+def int4_cuda(weight: torch.Tensor, group: int, fits: int) -> torch.Tensor:
+    """As on CUDA: symmetric groups, with so many fits of each group's scale."""
+    packed, scale = quantize_int4(weight, group, torch.bfloat16, fits)
+    q = (packed.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15
+    return ((q.reshape(*scale.shape, group) - 8) * scale.float().unsqueeze(-1)).flatten(1)
+
+
 def views() -> dict[str, Callable[[str, torch.Tensor], torch.Tensor]]:
     """Each view's weight for a layer's name and weight."""
 
@@ -55,6 +62,12 @@ def views() -> dict[str, Callable[[str, torch.Tensor], torch.Tensor]]:
         "int4, attention's inputs int8": mostly_int4(inputs),
         "int4, attention's output int8": mostly_int4(lambda name: name.endswith("o_proj")),
         "int4, MLP int8": mostly_int4(lambda name: ".mlp." in name),
+        "int4 for CUDA": lambda name, weight: int4_cuda(weight, 64, 2),
+        "int4 for CUDA, not fitted": lambda name, weight: int4_cuda(weight, 64, 0),
+        "int4 for CUDA, groups of 128, not fitted": lambda name, weight: int4_cuda(weight, 128, 0),
+        "int4 for CUDA, attention's inputs int8": lambda name, weight: (
+            int8(weight) if inputs(name) else int4_cuda(weight, 64, 2)
+        ),
         "int4, attention's inputs and head int8": mostly_int4(lambda name: inputs(name) or name == "lm_head"),
     }
 

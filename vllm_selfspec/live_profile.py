@@ -96,11 +96,12 @@ def profile_identity(config: VllmConfig, settings: SelfSpecConfig) -> ProfileIde
     else:
         hardware = f"{current_platform.get_device_name()} x{parallel.tensor_parallel_size}"
     eager = " eager" if model.enforce_eager else ""
+    runner = " runner V2" if config.use_v2_model_runner else ""
     versions = {"vllm": vllm.__version__, "torch": torch.__version__, "vllm-selfspec": __version__}
     if library := library_in_use():
         versions["kernels"] = library
     return ProfileIdentity(
-        model=f"{model.model} {model.compute_hash()[:12]} {model.dtype}{eager}",
+        model=f"{model.model} {model.compute_hash()[:12]} {model.dtype}{eager}{runner}",
         hardware=hardware,
         drafter=f"{settings.drafter.model_dump_json()} up to {settings.num_speculative_tokens}",
         versions=versions,

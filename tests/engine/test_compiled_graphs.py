@@ -22,6 +22,8 @@ if not emulated_cuda.wanted():
 
 from recorded_graph import RecordedGraph, graphs_on_cuda
 
+from vllm_selfspec.drafter.speculator import SelfDraftSpeculator
+
 SERVING: dict[str, Any] = {
     "max_num_seqs": 4,
     "max_num_batched_tokens": 64,
@@ -80,6 +82,17 @@ def test_every_draft_of_the_target_itself_is_accepted(temperature: float, model:
     assert seen.acceptance == 1.0 and seen.drafted > 60
     if temperature == 0:
         assert texts(outputs) == expected
+
+
+@pytest.mark.skipif(not interpreted_triton.on_runner_v2(), reason="on V1 attention is in no graph")
+def test_a_plan_that_is_not_renewed_is_seen(model: str, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without FlashAttention's plan for each draft's context the drafts are wrong, and the text is right."""
+    monkeypatch.setattr(SelfDraftSpeculator, "_update_draft_decode_metadata", lambda *_: None)
+    settings = {"num_speculative_tokens": 6, "drafter": NATIVE, "control": {"mode": "fixed"}}
+    with engine(model, settings, **SERVING) as llm:
+        seen = watch(llm)
+        assert texts(drive(llm, jobs(greedy(32)))) == expected
+    assert seen.acceptance < 0.5
 
 
 def test_the_flag_alone(model: str, expected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,19 +120,31 @@ def test_a_missing_kernel_is_a_config_error(kernels: None, monkeypatch: pytest.M
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("columns", "group"), [(256, 128), (192, 64), (96, 32)])
+@pytest.mark.parametrize(("columns", "group"), [(256, 64), (192, 64), (96, 32)])
 def test_int4_uses_the_largest_group_that_divides(kernels: None, columns: int, group: int) -> None:
     state = CudaLinear(torch.randn(16, columns), "int4")
     assert state._kernel.config.group_size == group
     assert state._layer.weight_scale.shape == (columns // group, 16)
 
 
+def int4_values(weight: torch.Tensor, fits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What [N, K] becomes in groups of 64, [N, K / 64, 64], and the scales."""
+    packed, scale = quantize_int4(weight, 64, torch.bfloat16, fits)
+    levels = ((packed.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15).reshape(len(weight), -1, 64)
+    return (levels - 8) * scale.float().unsqueeze(-1), scale
+
+
+def test_int4_fits_every_group() -> None:
+    weight = torch.randn(64, 512)
+    before, after = ((int4_values(weight, fits)[0] - weight.reshape(64, 8, 64)).square().sum(dim=-1) for fits in (0, 2))
+    assert (after <= before * (1 + 1e-5)).all()
+    assert after.mean() < 0.97 * before.mean()
+
+
 def test_int4_reaches_the_extreme_of_every_group_and_zero_groups_stay_zero() -> None:
     weight = torch.randn(8, 128)
     weight[3] = 0
-    packed, scale = quantize_int4(weight, 64, torch.bfloat16)
-    levels = ((packed.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15).reshape(8, 2, 64)
-    values = (levels - 8) * scale.float().unsqueeze(-1)
+    values, scale = int4_values(weight, fits=0)
     grouped = weight.reshape(8, 2, 64)
     place = grouped.abs().argmax(dim=-1, keepdim=True)
     assert torch.allclose(values.gather(-1, place), grouped.gather(-1, place), rtol=0.01)

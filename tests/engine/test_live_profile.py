@@ -72,15 +72,19 @@ def test_no_points_without_a_plain_step() -> None:
     assert points_of([[step(0.06, num_verified=1)]], batch=2) == []
 
 
-def test_a_cached_profile_belongs_to_the_kernels_it_was_measured_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_profile_belongs_to_the_kernels_and_the_runner_it_was_measured_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = SimpleNamespace(model="m", dtype="bfloat16", enforce_eager=False, compute_hash=lambda: "0" * 16)
     config = SimpleNamespace(model_config=model, parallel_config=SimpleNamespace(tensor_parallel_size=1))
     settings = SelfSpecConfig.parse({"method": "selfspec"})
-    paths = []
+    paths = set()
     for library in ("cpu_rows-1.so", "cpu_rows-2.so"):
         monkeypatch.setattr(live_profile, "library_in_use", lambda library=library: library)
-        paths.append(live_profile.cache_path(live_profile.profile_identity(config, settings)))
-    assert paths[0] != paths[1]
+        for v2 in (False, True):
+            config.use_v2_model_runner = v2
+            paths.add(live_profile.cache_path(live_profile.profile_identity(config, settings)))
+    assert len(paths) == 4
 
 
 def test_long_contexts_are_measured_without_computing_them(tiny: Callable[..., str]) -> None:

@@ -1,6 +1,6 @@
 """Linear weights at the drafter's precision on NVIDIA GPUs, through vLLM's own kernel classes.
 
-int4: W4A16, symmetric, groups of 128 inputs (64 or 32 where 128 does not divide), Machete, Marlin or Triton.
+int4: W4A16, symmetric, groups of 64 inputs (32 where 64 does not divide), Machete, Marlin or Triton.
 int8: W8A8, per output channel and per token, CUTLASS or Triton.
 fp8: W8A8, per output channel and per token, CUTLASS or PyTorch; before capability 8.9 weight-only, Marlin.
 
@@ -21,7 +21,7 @@ from torch import nn
 from vllm_selfspec.config import ConfigError, Precision
 from vllm_selfspec.drafter.quantize import QuantizedLinear
 
-INT4_GROUPS = (128, 64, 32)
+INT4_GROUPS = (64, 32)
 _INT4_BIAS = 8
 _FP8_MAX = 448.0
 _CHUNK_ELEMENTS = 1 << 25
@@ -45,7 +45,7 @@ def usable_cuda_precisions() -> list[str]:
     if capability is None or capability < 75:
         return usable
     try:
-        _int4_kernel_class(4096, 4096, 128, torch.bfloat16)
+        _int4_kernel_class(4096, 4096, INT4_GROUPS[0], torch.bfloat16)
         usable.append("int4")
     except ValueError:
         pass
@@ -125,16 +125,20 @@ class CudaLinear(QuantizedLinear):
         return sum(tensor.nbytes for tensor in _tensors(self._layer).values())
 
 
-def quantize_int4(weight: torch.Tensor, group: int, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_int4(
+    weight: torch.Tensor, group: int, scale_dtype: torch.dtype, fits: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Int4 in groups of inputs, packed as a compressed-tensors checkpoint is.
 
     A value is (q - 8) * scale. The scale carries the sign that puts each group's largest magnitude at q = 0, so that
-    all sixteen levels are used: on normal weights the squared error is a fifth below that of amax / 7.
+    all sixteen levels are used: on normal weights the squared error is a fifth below that of amax / 7. It is then
+    fitted to all values of the group, by a regression of them on their q.
 
     Args:
         weight: [N, K].
         group: inputs per scale; divides K.
         scale_dtype: the activations' dtype.
+        fits: regressions; one is kept where it lessens the squared error.
 
     Returns:
         [N, K / 8] int32 with eight values of one row each, lowest bits first, and scales [N, K / group].
@@ -145,12 +149,28 @@ def quantize_int4(weight: torch.Tensor, group: int, scale_dtype: torch.dtype) ->
     for chunk in weight.split(max(1, _CHUNK_ELEMENTS // weight.shape[1])):
         values = chunk.float().reshape(chunk.shape[0], -1, group)
         extreme = values.gather(-1, values.abs().argmax(dim=-1, keepdim=True))
-        scale = (extreme / -_INT4_BIAS).to(scale_dtype)
-        scale = torch.where(scale.abs() < tiny, tiny, scale)
-        levels = (values / scale.float()).round_().clamp_(-_INT4_BIAS, _INT4_BIAS - 1).to(torch.int32) + _INT4_BIAS
-        packed.append((levels.reshape(chunk.shape[0], -1, 8) << shifts).sum(dim=-1, dtype=torch.int32))
+        levels, scale, error = _nearest(values, extreme / -_INT4_BIAS, scale_dtype, tiny)
+        for _ in range(fits):
+            slope = (levels * values).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True).clamp_(min=1)
+            other_levels, other_scale, other_error = _nearest(values, slope, scale_dtype, tiny)
+            better = other_error < error
+            levels = torch.where(better, other_levels, levels)
+            scale = torch.where(better, other_scale, scale)
+            error = torch.minimum(other_error, error)
+        stored = levels.to(torch.int32) + _INT4_BIAS
+        packed.append((stored.reshape(chunk.shape[0], -1, 8) << shifts).sum(dim=-1, dtype=torch.int32))
         scales.append(scale.squeeze(-1))
     return torch.cat(packed), torch.cat(scales)
+
+
+def _nearest(
+    values: torch.Tensor, scale: torch.Tensor, scale_dtype: torch.dtype, tiny: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Levels -8 to 7 of values [N, G, K / G] for scales [N, G, 1] as they are rounded, and squared errors [N, G, 1]."""
+    scale = scale.to(scale_dtype)
+    scale = torch.where(scale.abs() < tiny, tiny, scale)
+    levels = (values / scale.float()).round_().clamp_(-_INT4_BIAS, _INT4_BIAS - 1)
+    return levels, scale, (levels * scale.float() - values).square_().sum(dim=-1, keepdim=True)
 
 
 def quantize_per_channel(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
