@@ -24,8 +24,8 @@ from vllm_selfspec.drafter.quantize import QuantizedLinear
 INT4_GROUPS = (64, 32)
 _INT4_BIAS = 8
 _FP8_MAX = 448.0
-_CHUNK_ELEMENTS = 1 << 25
-"""Elements quantized at a time, so that an LM head's float32 copy never stands beside it whole."""
+_CHUNK_ELEMENTS = 1 << 23
+"""Elements quantized at a time: some 32 bytes of memory each, which a refresh needs beside a full KV cache."""
 
 
 def _capability() -> int | None:
