@@ -1,10 +1,10 @@
 """What each part of a model costs in acceptance when it is quantized: plain transformers, no engine.
 
-    python benchmarks/view_acceptance.py MODEL [--tokens 96] [--out FILE.json]
+    python benchmarks/view_acceptance.py MODEL [--tokens 96] [--dtype bfloat16] [--out FILE.json]
 
 The model answers the package's embedded prompts at temperature 1. Over those very texts the expected acceptance of a
 draft, the sum of min(p, q) over the vocabulary, is computed for views of it whose weights are quantized and written
-back in bfloat16. The context is the target's own, so this is the acceptance of a first draft; later ones read keys and
+back in its dtype. The context is the target's own, so this is the acceptance of a first draft; later ones read keys and
 values of the drafter's. Activations are not quantized. The last line is JSON.
 """
 
@@ -95,10 +95,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="checkpoint folder")
     parser.add_argument("--tokens", type=int, default=96, help="most tokens of an answer")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     weights = {name: module.weight.data for name, module in linears.items()}
 
@@ -117,6 +118,7 @@ def main() -> None:
         print(f"{label:40s} {rows[label]['acceptance']:.4f} ± {rows[label]['standard_error']:.4f}  ({seconds:.0f} s)")
     result = {
         "model": Path(arguments.model).name,
+        "dtype": arguments.dtype,
         "answer_tokens": len(p),
         "share_of_attention_inputs": round(
             sum(w.numel() for name, w in weights.items() if name.endswith(ATTENTION_INPUTS))

@@ -118,7 +118,11 @@ def runner_of(llm: LLM) -> Any:
 
 def drafter_of(llm: LLM) -> Any:
     """The engine's drafter, by whichever name its model runner knows it."""
-    runner = runner_of(llm)
+    return drafter_in(runner_of(llm))
+
+
+def drafter_in(runner: Any) -> Any:
+    """The drafter of a model runner, V1's or V2's."""
     return getattr(runner, "drafter", None) or runner.speculator
 
 

@@ -98,32 +98,38 @@ def capturing(graph: RecordedGraph, *_: Any, **__: Any) -> Iterator[None]:
         RecordedGraph.recording = None
 
 
+def launch(kernel: GridExecutor, *args: Any, **kwargs: Any) -> None:
+    """Stands in for the launch of an interpreted Triton kernel, and puts it on the tape of a capture."""
+    graph = RecordedGraph.recording
+    (LAUNCH if graph is None else graph.launch)(kernel, *args, **kwargs)
+
+
+def record(patch: pytest.MonkeyPatch) -> None:
+    """Let vLLM's captures make `RecordedGraph`s."""
+    RecordedGraph.replays = 0
+    patch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+    patch.setattr(torch.cuda, "graph", capturing)
+    patch.setattr(GridExecutor, "__call__", launch)
+    patch.setattr(cudagraph_utils, "graph_capture", lambda device: nullcontext())
+    patch.setattr(cudagraph_utils, "capture_pool", lambda pool, config: nullcontext())
+
+
 @contextmanager
 def recorded_graphs() -> Iterator[None]:
     """Within it, engines on runner V2 attend with vLLM's Triton kernels, and graphs are `RecordedGraph`s.
 
     vLLM's attention for CPU plans its work on the host, anew for every step, so no graph could hold it.
     """
-
-    def launch(kernel: GridExecutor, *args: Any, **kwargs: Any) -> None:
-        graph = RecordedGraph.recording
-        (LAUNCH if graph is None else graph.launch)(kernel, *args, **kwargs)
-
     backend = f"{triton_attn.__name__}.{triton_attn.TritonAttentionBackend.__qualname__}"
-    RecordedGraph.replays = 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
-        patch.setattr(torch.cuda, "graph", capturing)
+        record(patch)
         # Of its two attention kernels the one that launches fewer programs: they run one after the other.
         patch.setattr(triton_attn, "MIN_LAUNCH_GRID_SIZE_2D", 0)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-        patch.setattr(GridExecutor, "__call__", launch)
         platform = type(current_platform)
         patch.setattr(platform, "get_attn_backend_cls", classmethod(lambda *_, **__: backend))
-        # Streams and memory pools, which a CPU does not have.
+        # Memory pools and streams, which a CPU does not have.
         patch.setattr(platform, "get_global_graph_pool", lambda self: None)
-        patch.setattr(cudagraph_utils, "graph_capture", lambda device: nullcontext())
-        patch.setattr(cudagraph_utils, "capture_pool", lambda pool, config: nullcontext())
         patch.setattr(cudagraph_utils, "current_stream", lambda: None)
         selector._cached_get_attn_backend.cache_clear()
         yield
@@ -133,19 +139,9 @@ def recorded_graphs() -> Iterator[None]:
 @contextmanager
 def graphs_on_cuda() -> Iterator[None]:
     """Within it, compiled engines on CUDA's platform record and replay every graph that they would capture there."""
-
-    def launch(kernel: GridExecutor, *args: Any, **kwargs: Any) -> None:
-        graph = RecordedGraph.recording
-        (LAUNCH if graph is None else graph.launch)(kernel, *args, **kwargs)
-
-    RecordedGraph.replays = 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
-        patch.setattr(torch.cuda, "graph", capturing)
-        patch.setattr(GridExecutor, "__call__", launch)
+        record(patch)
         patch.setattr(cuda_graph, "weak_ref_tensors", lambda tensors: tensors)
-        patch.setattr(cudagraph_utils, "graph_capture", lambda device: nullcontext())
-        patch.setattr(cudagraph_utils, "capture_pool", lambda pool, config: nullcontext())
         yield
 
 

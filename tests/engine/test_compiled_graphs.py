@@ -22,6 +22,7 @@ if not emulated_cuda.wanted():
 
 from recorded_graph import RecordedGraph, graphs_on_cuda
 
+from vllm_selfspec.drafter import verify_graphs
 from vllm_selfspec.drafter.speculator import SelfDraftSpeculator
 
 SERVING: dict[str, Any] = {
@@ -55,6 +56,7 @@ def model(tiny: Callable[..., str]) -> str:
 @pytest.fixture(autouse=True)
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    monkeypatch.setattr(verify_graphs, "WITH_DRAFTS", (1, 4))  # so that two and three requests are padded
     with graphs_on_cuda():
         yield
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import addresses, drafter_of, engine, generate, greedy, random_prompt, runner_of, watch
+from engines import addresses, drafter_in, drafter_of, engine, generate, greedy, random_prompt, runner_of, watch
 from safetensors.torch import load_file
 from torch import nn
 from vllm import LLM
@@ -72,8 +72,7 @@ class TrainerExtension:
         """SkyRL: one chunk; it then loads the same tensors into any drafter that has a `load_weights`."""
         with set_current_vllm_config(self.vllm_config), torch.device(self.device):
             self.model_runner.model.load_weights(weights=weights)
-            runner = self.model_runner
-            drafter = (runner.speculator if hasattr(runner, "speculator") else runner.drafter).model
+            drafter = drafter_in(self.model_runner).model
             assert not hasattr(drafter, "load_weights"), "the target's tensors would be loaded into the drafter"
 
     def trainer_finish(self: Any) -> None:

@@ -441,8 +441,7 @@ class Toy:
 def toy_timers(toy: Toy, drafts: bool, monkeypatch: pytest.MonkeyPatch, batch: int = 2):
     # The one timer on a module would import torch.
     table = tuple(timer for timer in cycles.TIMERS if not timer.owner.startswith("module:"))
-    monkeypatch.setattr(cycles, "TIMERS", table)
-    clock = cycles.CycleClock(batch, clock=lambda: toy.now)
+    clock = cycles.CycleClock(batch, clock=lambda: toy.now, table=table)
     return clock, cycles.timers(clock, vars(toy), drafts=drafts)
 
 

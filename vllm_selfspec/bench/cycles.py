@@ -1,8 +1,8 @@
 """Where the time of one decoding step goes, and how fast the memory would allow each part to be.
 
 Runs beside an engine whose scheduler and model live in this very process, so that one clock sees every part. Timers are
-put around the methods in `TIMERS` for one generation and taken off again. On a GPU the device is waited for before and
-after every part: the parts are true, their sum is more than a step takes without timers.
+put around the methods in `TIMERS` or `TIMERS_V2` for one generation and taken off again. On a GPU the device is waited
+for before and after every part: the parts are true, their sum is more than a step takes without timers.
 
 A *cycle* lasts from one call of the scheduler to the next. Only cycles in which the whole batch decodes are counted.
 """
@@ -65,18 +65,6 @@ TIMERS_V2 = (
     _OUTPUT,
 )
 """On model runner V2, where one graph holds a whole draft step: forward pass, head and sampling."""
-_PARTS = (
-    "scheduler",
-    "draft forward",
-    "draft head",
-    "draft sampling",
-    "drafts",
-    "verify forward",
-    "verify head",
-    "rejection sampling",
-    "verify head and sampling",
-    "output",
-)
 
 
 @dataclass
@@ -103,6 +91,7 @@ class CycleClock:
         batch: requests that a cycle must decode to be counted.
         synchronize: waits for the device.
         clock: seconds.
+        table: what `timers` times.
     """
 
     def __init__(
@@ -110,7 +99,9 @@ class CycleClock:
         batch: int,
         synchronize: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
+        table: tuple[Timer, ...] = TIMERS,
     ) -> None:
+        self.table = table
         self._batch, self._synchronize, self._clock = batch, synchronize, clock
         self._cycle: Cycle | None = None
         self._closed: list[tuple[Cycle, float]] = []
@@ -154,7 +145,7 @@ class CycleClock:
         cycles = len(counted)
         total = sum(seconds for _, seconds in counted) / cycles
         parts: list[dict[str, Any]] = []
-        for name in _PARTS:
+        for name in dict.fromkeys(timer.part for timer in self.table):
             if any(name in cycle.seconds for cycle, _ in counted):
                 parts.append(
                     {
@@ -169,13 +160,10 @@ class CycleClock:
 
 
 @contextmanager
-def timers(
-    clock: CycleClock, roots: dict[str, Any], drafts: bool, table: tuple[Timer, ...] | None = None
-) -> Iterator[None]:
-    """Put timers in place, and take them off at the end.
+def timers(clock: CycleClock, roots: dict[str, Any], drafts: bool) -> Iterator[None]:
+    """Put the clock's timers in place, and take them off at the end.
 
     Args:
-        table: the timers, by default `TIMERS`.
         roots: the objects that `Timer.owner` begins with, by name.
         drafts: whether selfspec drafts in this engine.
 
@@ -184,7 +172,7 @@ def timers(
     """
     undo: list[Callable[[], None]] = []
     try:
-        for timer in TIMERS if table is None else table:
+        for timer in clock.table:
             if timer.drafts and not drafts:
                 continue
             owner = _owner(timer, roots)
@@ -246,8 +234,8 @@ def profile(llm: Any, requests: list[dict[str, Any]], sampling: dict[str, Any]) 
     drafts = hasattr(llm.llm_engine.vllm_config.speculative_config, "selfspec")
     synchronize = (lambda: None) if current_platform.is_cpu() else torch.accelerator.synchronize
     _generate(llm, requests, sampling | {"max_tokens": _WARM_UP_TOKENS})
-    clock = CycleClock(len(requests), synchronize)
-    with timers(clock, vars(parts), drafts, TIMERS_V2 if _is_v2(parts.runner) else TIMERS):
+    clock = CycleClock(len(requests), synchronize, table=TIMERS_V2 if _is_v2(parts.runner) else TIMERS)
+    with timers(clock, vars(parts), drafts):
         _generate(llm, requests, sampling)
     split = clock.split()
     sizes = _weight_bytes(parts.runner, drafts)

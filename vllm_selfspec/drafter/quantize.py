@@ -46,6 +46,12 @@ class QuantizedLinear(ABC):
         return self.nbytes
 
 
+def better_of(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """For each group what quantizes it better: of two tuples the one whose last tensor, an error, is smaller."""
+    better = one[-1] < other[-1]
+    return tuple(torch.where(better, a, b) for a, b in zip(one, other, strict=True))
+
+
 def int4_groups(weight: torch.Tensor, dtype: torch.dtype, fits: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize groups of 64 inputs to four bits; a value is (q - 8) * scale + zero.
 
@@ -73,9 +79,7 @@ def int4_groups(weight: torch.Tensor, dtype: torch.dtype, fits: int = 2) -> tupl
         q = best[0] - best[0].mean(dim=-1, keepdim=True)
         scale = (q * groups).sum(dim=-1, keepdim=True) / q.square().sum(dim=-1, keepdim=True).clamp_(min=1e-8)
         zero = (groups - (best[0] - 8) * scale).mean(dim=-1, keepdim=True)
-        fitted = nearest(scale, zero)
-        better = fitted[3] < best[3]
-        best = tuple(torch.where(better, new, old) for new, old in zip(fitted, best, strict=True))
+        best = better_of(nearest(scale, zero), best)
     q, scale, zero, _ = best
     return q.to(torch.uint8), torch.cat((scale, zero), dim=-1)
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from vllm_selfspec.config import ConfigError, Precision
-from vllm_selfspec.drafter.quantize import QuantizedLinear
+from vllm_selfspec.drafter.quantize import QuantizedLinear, better_of
 
 INT4_GROUPS = (64, 32)
 _INT4_BIAS = 8
@@ -145,29 +145,24 @@ def quantize_int4(
     """
     packed, scales = [], []
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
-    tiny = torch.finfo(scale_dtype).tiny
     for chunk in weight.split(max(1, _CHUNK_ELEMENTS // weight.shape[1])):
         values = chunk.float().reshape(chunk.shape[0], -1, group)
         extreme = values.gather(-1, values.abs().argmax(dim=-1, keepdim=True))
-        levels, scale, error = _nearest(values, extreme / -_INT4_BIAS, scale_dtype, tiny)
+        best = _nearest(values, extreme / -_INT4_BIAS, scale_dtype)
         for _ in range(fits):
+            levels = best[0]
             slope = (levels * values).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True).clamp_(min=1)
-            other_levels, other_scale, other_error = _nearest(values, slope, scale_dtype, tiny)
-            better = other_error < error
-            levels = torch.where(better, other_levels, levels)
-            scale = torch.where(better, other_scale, scale)
-            error = torch.minimum(other_error, error)
+            best = better_of(_nearest(values, slope, scale_dtype), best)
+        levels, scale, _ = best
         stored = levels.to(torch.int32) + _INT4_BIAS
         packed.append((stored.reshape(chunk.shape[0], -1, 8) << shifts).sum(dim=-1, dtype=torch.int32))
         scales.append(scale.squeeze(-1))
     return torch.cat(packed), torch.cat(scales)
 
 
-def _nearest(
-    values: torch.Tensor, scale: torch.Tensor, scale_dtype: torch.dtype, tiny: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _nearest(values: torch.Tensor, scale: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Levels -8 to 7 of values [N, G, K / G] for scales [N, G, 1] as they are rounded, and squared errors [N, G, 1]."""
-    scale = scale.to(scale_dtype)
+    scale, tiny = scale.to(scale_dtype), torch.finfo(scale_dtype).tiny
     scale = torch.where(scale.abs() < tiny, tiny, scale)
     levels = (values / scale.float()).round_().clamp_(-_INT4_BIAS, _INT4_BIAS - 1)
     return levels, scale, (levels * scale.float() - values).square_().sum(dim=-1, keepdim=True)

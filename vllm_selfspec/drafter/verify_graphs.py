@@ -58,30 +58,25 @@ def init_candidates(original: Callable[..., None], self: Any) -> None:
         self.compilation_config.cudagraph_capture_sizes, self.max_num_reqs, config.num_speculative_tokens
     )
     graphs = {
-        (query_len, lora): [
+        query_len: [
             BatchExecutionDescriptor(
                 cg_mode=CUDAGraphMode.FULL,
                 num_tokens=query_len * count,
                 num_reqs=count,
                 uniform_token_count=query_len,
-                num_active_loras=lora,
             )
             for count in counts
         ]
         for query_len, counts in batches.items()
-        for lora in self.lora_capture_cases
     }
     whole = [graph for fitting in graphs.values() for graph in fitting]
     self._capture_descs[CUDAGraphMode.FULL] = sorted(whole, key=lambda graph: graph.num_tokens, reverse=True)
-    most = max(graph.num_tokens for graph in whole)
-    for lora in self.lora_capture_cases:
-        for num_tokens in range(1, max(most, self.compilation_config.max_cudagraph_capture_size) + 1):
-            pieces = [
-                graph for graph in self._candidates.get((num_tokens, lora), ()) if graph.cg_mode != CUDAGraphMode.FULL
-            ]
-            fitting = [
-                next((graph for graph in graphs[query_len, lora] if graph.num_tokens >= num_tokens), None)
-                for query_len in batches
-                if num_tokens % query_len == 0
-            ]
-            self._candidates[num_tokens, lora] = [graph for graph in fitting if graph is not None] + pieces
+    for num_tokens in range(1, self.compilation_config.max_cudagraph_capture_size + 1):
+        key = (num_tokens, 0)  # no adapters: the drafter has none on this runner
+        fitting = [
+            next((graph for graph in graphs[query_len] if graph.num_tokens >= num_tokens), None)
+            for query_len in batches
+            if num_tokens % query_len == 0
+        ]
+        pieces = [graph for graph in self._candidates.get(key, ()) if graph.cg_mode != CUDAGraphMode.FULL]
+        self._candidates[key] = [graph for graph in fitting if graph is not None] + pieces
