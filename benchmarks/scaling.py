@@ -33,6 +33,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,18 +242,19 @@ def measure_engine(
 def run_point(core: Any, setting: Setting, repetitions: int) -> tuple[list[Any], dict[str, Any]]:
     """The steps of `repetitions` times plain, draft, verify, and the memory of one more cycle of them."""
     from vllm_selfspec.live_profile import synthetic_requests
+    from vllm_selfspec.scheduler import Dictate
 
     cycle = (0, setting.num_draft_tokens, 0)
     requests = synthetic_requests(core, setting.batch, setting.context, MAX_MODEL_LEN - setting.context)
     with requests as (step, observations):
         while not observations or observations[-1].num_decode < setting.batch:  # long prompts come in several steps
-            step(0)
+            step(Dictate(0))
         for length in cycle * repetitions:
-            step(length)
+            step(Dictate(length))
         timed = list(observations)
         memory: dict[str, Any] = {"peak_bytes": {}}
         for kind, length in zip(KINDS, cycle, strict=True):
-            memory["peak_bytes"][kind] = peak_of(step, length)
+            memory["peak_bytes"][kind] = peak_of(partial(step, Dictate(length)))
             if kind == "draft":
                 memory["q_bytes"] = runner_of(core).drafter.take_last_draft_probs().nbytes
     return timed, memory
@@ -282,12 +284,12 @@ def static_memory(core: Any) -> dict[str, int]:
     }
 
 
-def peak_of(step: Callable[[int], None], num_draft_tokens: int) -> int:
+def peak_of(step: Callable[[], None]) -> int:
     """Most bytes that torch's CPU allocator held at once during one step, over what it held before."""
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(num_draft_tokens)
+        step()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
     return int(max(0, held.max()))

@@ -3,7 +3,9 @@
 The engine core runs a few synthetic requests of random tokens through its own scheduler, model and sampler, with draft
 lengths dictated step by step, so the times hold everything that a step holds. Alternating "draft γ" and "draft none"
 steps separates the three times that the cost model needs: a step that neither verifies nor drafts takes T_T, one that
-only verifies γ takes T_V(γ), one that only drafts γ takes T_T + γ·T_D.
+only verifies γ takes T_V(γ), one that only drafts γ takes T_T + γ·T_D. Where a step's duration holds the drafts of the
+step before (`drafts_follow_the_result`), γ drafts are made twice in a row, and the first are not verified: the second
+step then takes T_T + γ·T_D, the third γ·T_D + T_V(γ).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +38,7 @@ from vllm_selfspec.control.policy import StepObservation
 from vllm_selfspec.drafter.cpu_kernels import library_in_use
 from vllm_selfspec.models import cache_dir
 from vllm_selfspec.provenance import cpu_fact
+from vllm_selfspec.scheduler import Dictate
 
 logger = init_logger("vllm.selfspec")
 
@@ -176,9 +179,10 @@ def run_batch(
     """
     # A plain step, one that drafts, one that only verifies what was drafted. What verifying takes does not depend on
     # the view, so one length of the light one is enough.
-    cycles = [(length, False) for length in lengths] + [(lengths[len(lengths) // 2], True)] * light_view
-    plan = [dictated for cycle in cycles for dictated in ((0, False), cycle, (0, False))] * REPETITIONS
-    needed = 2 + sum(length + 1 for length, _ in plan)
+    main, light = (False, True) if light_view else (None, None)
+    drafting = [(length, main) for length in lengths] + [(lengths[len(lengths) // 2], light)] * light_view
+    plan = [step for choice in drafting for step in cycle(core, *choice)] * REPETITIONS
+    needed = 2 + sum(step.num_draft_tokens + 1 for step in plan)
     room = core.vllm_config.model_config.max_model_len
     prompt = min(SHORT_CONTEXT, max(1, room // 4))
     if far:
@@ -188,16 +192,22 @@ def run_batch(
         if prompt < 4 * short:
             return []
     with synthetic_requests(core, batch, prompt, min(needed, room - prompt), computed=far) as (step, observations):
-        for length, light in [(0, False), *plan]:
-            step(length, light if light_view else None)
+        for wanted in [Dictate(0), *plan]:
+            step(wanted)
     core.reset_prefix_cache()
     return observations
+
+
+def cycle(core: Any, num_draft_tokens: int, light: bool | None = None) -> list[Dictate]:
+    """Steps from which `components_of` tells T_T, T_D and T_V(γ) apart."""
+    unverified = [Dictate(num_draft_tokens, light, verified=False)] * core.scheduler.drafts_follow_the_result
+    return [Dictate(0), *unverified, Dictate(num_draft_tokens, light), Dictate(0)]
 
 
 @contextmanager
 def synthetic_requests(
     core: Any, batch: int, prompt_tokens: int, max_tokens: int, *, computed: bool = False
-) -> Iterator[tuple[Callable[..., None], list[StepObservation]]]:
+) -> Iterator[tuple[Callable[[Dictate], None], list[StepObservation]]]:
     """Requests of random tokens at temperature 1, whose draft lengths the caller dictates; aborted at the end.
 
     Args:
@@ -205,8 +215,8 @@ def synthetic_requests(
             time does not depend on it. The caller resets the prefix cache.
 
     Yields:
-        a function that runs one step of the engine, which drafts as many tokens as it is told with the view that it is
-        told (`light`, by default None), and the list to which every step is appended.
+        a function that runs one step of the engine, which drafts as it is told, and the list to which every step is
+        appended.
     """
     vocabulary = core.vllm_config.model_config.get_vocab_size()
     dice = random.Random(batch)
@@ -230,14 +240,14 @@ def synthetic_requests(
     observations: list[StepObservation] = []
     with core.scheduler.dictated(observations) as dictate:
 
-        def step(num_draft_tokens: int, light: bool | None = None) -> None:
-            dictate(num_draft_tokens, light)
+        def step(wanted: Dictate) -> None:
+            dictate(wanted)
             core.post_step(core.step_fn()[1])
 
         yield step, observations
         core.abort_requests(names)
         while core.scheduler.has_requests():
-            step(0)
+            step(Dictate(0))
 
 
 def points_of(runs: Sequence[Sequence[StepObservation]], batch: int) -> list[Point]:
@@ -251,22 +261,14 @@ def points_of(runs: Sequence[Sequence[StepObservation]], batch: int) -> list[Poi
     prefill: dict[int, list[float]] = defaultdict(list)
     contexts: list[float] = []
     for run in runs:
-        last_plain = None
-        for step in run:
-            if step.num_decode != batch or step.num_verified != int(step.num_verified):
-                continue
-            verified, drafted = int(step.num_verified), step.num_drafted
-            if step.prefill_tokens:
-                if verified == drafted == 0:
-                    prefill[step.prefill_tokens // batch + 1].append(step.seconds)
-                continue
-            contexts.append(step.mean_context)
-            if drafted == 0:
-                seconds["verify" if verified else "target", verified].append(step.seconds)
-                last_plain = last_plain if verified else step.seconds
-            elif verified == 0 and last_plain is not None:
-                # Against the plain step right before it: what slows the machine for a while slows both.
-                seconds["light" if step.light else "draft", drafted].append((step.seconds - last_plain) / drafted)
+        whole = [step for step in run if step.num_decode == batch]
+        for step in whole:
+            if step.prefill_tokens and step.num_verified == step.num_drafted == 0:
+                prefill[step.prefill_tokens // batch + 1].append(step.seconds)
+        decoding = [s for s in whole if not s.prefill_tokens and s.num_verified == int(s.num_verified)]
+        contexts += [step.mean_context for step in decoding]
+        for part, took in components_of(decoding).items():
+            seconds[part] += took
     if ("target", 0) not in seconds:
         return []
     seq = max(1, round(statistics.fmean(contexts)))
@@ -274,6 +276,31 @@ def points_of(runs: Sequence[Sequence[StepObservation]], batch: int) -> list[Poi
     measured += [("prefill", tokens, 0, t) for tokens, t in prefill.items()]
     medians = [(component, at, k, statistics.median(t), _error(t)) for component, at, k, t in measured]
     return [Point(component, batch, at, k, middle, error) for component, at, k, middle, error in medians if middle > 0]
+
+
+def components_of(steps: Iterable[StepObservation]) -> dict[tuple[Component, int], list[float]]:
+    """Seconds of each component at each γ, from decoding steps in order.
+
+    A draft is what a step took beyond the plain one before it, a verification beside drafts what it took beyond the
+    last drafts that were timed: what slows the machine for a while slows both.
+    """
+    seconds: dict[tuple[Component, int], list[float]] = defaultdict(list)
+    plain: float | None = None
+    draft: float | None = None
+    for step in steps:
+        verified, drafted = int(step.num_verified), step.num_drafted
+        if verified and not drafted:
+            seconds["verify", verified].append(step.seconds)
+        elif verified:
+            if draft is not None:
+                seconds["verify", verified].append(step.seconds - drafted * draft)
+        elif not drafted:
+            plain = step.seconds
+            seconds["target", 0].append(plain)
+        elif plain is not None:
+            draft = (step.seconds - plain) / drafted
+            seconds["light" if step.light else "draft", drafted].append(draft)
+    return seconds
 
 
 def _error(seconds: Sequence[float]) -> float:

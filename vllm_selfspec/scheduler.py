@@ -28,6 +28,7 @@ from vllm_selfspec.control.alarm import AcceptanceAlarm
 from vllm_selfspec.control.cost_model import CostModel
 from vllm_selfspec.control.policy import Controller, ControlSettings, Decision, Reason, StepObservation, StepState
 from vllm_selfspec.drafter.refresh import RefreshCost
+from vllm_selfspec.drafter.runner import drafts_follow_the_result
 from vllm_selfspec.metrics import STATS_KEY, StepStats
 from vllm_selfspec.speculative_config import one_scheduler_per_rank
 
@@ -48,6 +49,21 @@ def control_settings(settings: SelfSpecConfig, parallel: ParallelConfig) -> Cont
         learn=not one_scheduler_per_rank(parallel),
         **settings.control.model_dump(exclude={"profile"}),
     )
+
+
+@dataclass(frozen=True)
+class Dictate:
+    """What calibration wants of a step.
+
+    Attributes:
+        num_draft_tokens: how many tokens it drafts.
+        light: the view that drafts, where the drafter has two.
+        verified: whether the next step verifies these drafts.
+    """
+
+    num_draft_tokens: int
+    light: bool | None = None
+    verified: bool = True
 
 
 @dataclass
@@ -78,7 +94,10 @@ class SelfSpecScheduling(Scheduler):
         self._caps: dict[str, int] = {}
         self._step_stats: list[StepStats] = []
         self._light_drafts = False
-        self._dictated: tuple[int, bool | None] | None = None
+        self.drafts_follow_the_result = drafts_follow_the_result(vllm_config)
+        """A step's duration holds the drafts of the step before instead of its own."""
+        self._last_decision: Decision | None = None
+        self._dictated: Dictate | None = None
         self._observations: list[StepObservation] | None = None
         # A per-batch-size table of vLLM's own tells it that draft lengths vary, so that it does not pad new requests
         # to the longest; the value that it looks up is replaced in _update_after_schedule.
@@ -94,17 +113,19 @@ class SelfSpecScheduling(Scheduler):
         self._controller = Controller(settings, model, max_batch=self.scheduler_config.max_num_seqs)
 
     @contextmanager
-    def dictated(self, observations: list[StepObservation]) -> Iterator[Callable[[int, bool | None], None]]:
-        """For calibration: yields a function that sets the draft length of the steps to come, and the view.
+    def dictated(self, observations: list[StepObservation]) -> Iterator[Callable[[Dictate], None]]:
+        """For calibration: yields a function that says what the steps to come draft.
 
         Every step is appended to `observations`; the controller and the metrics see none of them.
         """
 
-        def dictate(num_draft_tokens: int, light: bool | None = None) -> None:
-            self._dictated = num_draft_tokens, light
+        def dictate(wanted: Dictate) -> None:
+            self._dictated = wanted
+            self._caps = {} if wanted.verified else dict.fromkeys(self.requests, 0)
 
         self._observations = observations
         self._in_flight.clear()  # asynchronously scheduled for requests that are done: not one of these steps
+        self._last_decision = None
         try:
             yield dictate
         finally:
@@ -126,7 +147,8 @@ class SelfSpecScheduling(Scheduler):
             if self._dictated is None:
                 decision = self._controller.decide(state)
             else:
-                decision = Decision(self._dictated[0], Reason.FIXED, state, light=self._dictated[1])
+                wanted = self._dictated
+                decision = Decision(wanted.num_draft_tokens, Reason.FIXED, state, light=wanted.light)
             scheduler_output.num_spec_tokens_to_schedule = decision.num_draft_tokens
             scheduler_output.selfspec_light = decision.light
             verified = sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
@@ -187,12 +209,18 @@ class SelfSpecScheduling(Scheduler):
         if self._in_flight and self._in_flight[0].output is scheduler_output:
             self._observe(self._in_flight.popleft(), model_runner_output)
         result = super().update_from_output(scheduler_output, model_runner_output)
-        self._busy_since = time.perf_counter() if self.has_unfinished_requests() else None
+        if self.has_unfinished_requests():
+            self._busy_since = time.perf_counter()
+        else:
+            self._busy_since = self._last_decision = None
+            self._in_flight.clear()  # a step of requests that are done: what follows it is not its duration
         return result
 
     def _observe(self, step: InFlightStep, result: ModelRunnerOutput) -> None:
         """Acceptance and duration of a finished step."""
         state, decision = step.decision.state, step.decision
+        drafting = self._last_decision if self.drafts_follow_the_result else decision
+        self._last_decision = decision
         observation = None
         if self._busy_since is not None and state.num_decode > 0:
             observation = StepObservation(
@@ -200,10 +228,10 @@ class SelfSpecScheduling(Scheduler):
                 num_decode=state.num_decode,
                 mean_context=state.mean_context,
                 num_verified=step.num_verified / state.num_decode,
-                num_drafted=decision.num_draft_tokens,
+                num_drafted=drafting.num_draft_tokens if drafting else 0,
                 prefill_tokens=state.prefill_tokens,
-                probe=decision.reason is Reason.PROBE,
-                light=bool(decision.light),
+                probe=drafting is not None and drafting.reason is Reason.PROBE,
+                light=drafting is not None and bool(drafting.light),
             )
         if self._observations is not None:
             if observation is not None:

@@ -29,11 +29,13 @@ import tempfile
 import time
 import tomllib
 import zipfile
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_selfspec.control.policy import StepObservation
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("correctness", "sweep", "rollout")
@@ -41,6 +43,7 @@ COLUMNS = ("model", "batch", "seq", "gamma", "mode", "mean_ms", "median_ms", "st
 ENGINE_TESTS = ("test_kv_slots", "test_lossless_stress", "test_distribution", "test_families", "test_following_weights")
 PIECE_MIB = 48
 REPETITIONS = 5
+MODES = {"target": "target_decode", "draft": "drafter_decode", "verify": "target_verify"}
 PLUGINS = "vllm.general_plugins"
 
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu"}
@@ -213,31 +216,18 @@ def summarize(seconds: Sequence[float]) -> dict[str, float]:
     }
 
 
-def sweep_rows(model: str, batch: int, steps: Iterable[dict[str, float]]) -> list[dict[str, Any]]:
-    """Rows of the sweep from steps of one batch and context length.
+def sweep_rows(model: str, batch: int, steps: Sequence[StepObservation]) -> list[dict[str, Any]]:
+    """Rows of the sweep from the steps of one batch and context length that decoded the whole batch, in order."""
+    from vllm_selfspec.live_profile import components_of
 
-    Args:
-        steps: with `seconds`, `num_verified` and `num_drafted` per request, and `mean_context`, of steps that decoded
-            the whole batch and nothing else. A step that only drafts γ takes T_T + γ·T_D.
-    """
-    seconds: dict[tuple[int, int], list[float]] = defaultdict(list)
-    contexts = []
-    for step in steps:
-        seconds[int(step["num_verified"]), int(step["num_drafted"])].append(step["seconds"])
-        contexts.append(step["mean_context"])
-    if (0, 0) not in seconds:
+    seconds = components_of(steps)
+    if ("target", 0) not in seconds:
         return []
-    plain = statistics.median(seconds[0, 0])
-    place = {"model": model, "batch": batch, "seq": round(statistics.fmean(contexts))}
-    rows = []
-    for (verified, drafted), values in sorted(seconds.items()):
-        if not drafted:
-            mode = "target_verify" if verified else "target_decode"
-            rows.append(place | {"gamma": verified, "mode": mode} | summarize(values))
-        elif not verified:
-            drafts = [max(0.0, value - plain) / drafted for value in values]
-            rows.append(place | {"gamma": drafted, "mode": "drafter_decode"} | summarize(drafts))
-    return rows
+    place = {"model": model, "batch": batch, "seq": round(statistics.fmean(step.mean_context for step in steps))}
+    return [
+        place | {"gamma": gamma, "mode": MODES[component]} | summarize([max(0.0, value) for value in values])
+        for (component, gamma), values in sorted(seconds.items())
+    ]
 
 
 def first_difference(plain: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None:
@@ -464,7 +454,7 @@ def sweep_job(request: dict[str, Any]) -> dict[str, Any]:
     from vllm_selfspec.live_profile import profile_identity
 
     options, gamma = request["options"], request["gamma"]
-    longest = max(options["seqs"]) + 2 + REPETITIONS * 2 * (gamma + 2)
+    longest = max(options["seqs"]) + longest_answer(gamma)
     control = {"mode": "off"}  # lengths are dictated; with "fixed" there would be no whole graphs without drafts
     capture_only_what_is_measured(options["batches"], gamma)
     with tempfile.TemporaryDirectory() as folder:
@@ -476,7 +466,6 @@ def sweep_job(request: dict[str, Any]) -> dict[str, Any]:
             max_model_len=longest,
             max_num_seqs=max(options["batches"]),
             enable_prefix_caching=False,
-            async_scheduling=False,
         )
         core = engine.llm_engine.engine_core.engine_core
         config = core.vllm_config
@@ -511,27 +500,25 @@ def capture_only_what_is_measured(batches: Sequence[int], gamma: int) -> None:
     verify_graphs.decode_batches = measured
 
 
-def measure_steps(core: Any, batch: int, seq: int, gamma: int) -> list[dict[str, float]]:
+def longest_answer(gamma: int) -> int:
+    """More tokens than a request gets in `measure_steps`: a cycle has five steps at most, one of which verifies."""
+    return 2 + REPETITIONS * (5 + 2 * gamma)
+
+
+def measure_steps(core: Any, batch: int, seq: int, gamma: int) -> list[StepObservation]:
     """Steps of `batch` requests with contexts of about `seq` tokens: plain, drafting, verifying, in turn.
 
     The contexts are not computed, which would take most of the sweep's time and change no step's.
     """
-    from vllm_selfspec.live_profile import synthetic_requests
+    from vllm_selfspec.live_profile import cycle, synthetic_requests
+    from vllm_selfspec.scheduler import Dictate
 
-    plan = [0, 0, gamma, 0] * REPETITIONS
-    with synthetic_requests(core, batch, seq, len(plan) * (gamma + 2), computed=True) as (step, observations):
-        for length in [0, 0, *plan]:
-            step(length)
-    return [
-        {
-            "seconds": seen.seconds,
-            "num_verified": seen.num_verified,
-            "num_drafted": seen.num_drafted,
-            "mean_context": seen.mean_context,
-        }
-        for seen in observations
-        if seen.num_decode == batch and seen.prefill_tokens == 0 and seen.num_verified == int(seen.num_verified)
-    ][2:]
+    plan = [Dictate(0), Dictate(0), *[Dictate(0), *cycle(core, gamma)] * REPETITIONS]
+    with synthetic_requests(core, batch, seq, longest_answer(gamma), computed=True) as (step, observations):
+        for wanted in plan:
+            step(wanted)
+    whole = [seen for seen in observations if seen.num_decode == batch and seen.prefill_tokens == 0]
+    return [seen for seen in whole if seen.num_verified == int(seen.num_verified)][2:]
 
 
 def rollout_job(request: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 What runs is what runs on a GPU: CUDA's defaults and checks, its worker, both of its model runners with asynchronous
 scheduling, the metadata of FlashAttention 3, and the Triton kernels of sampler and rejection sampler (interpreted, see
 `interpreted_triton.py`). What does not: compiled CUDA kernels, for which PyTorch's operations stand, and streams, on
-which everything happens at once.
+which everything happens at once. How long it would have taken is told by `CLOCK`, for tests that give work a duration.
 """
 
 from __future__ import annotations
@@ -26,6 +26,27 @@ def wanted() -> bool:
     return os.environ.get("SELFSPEC_EMULATED_CUDA") == "1"
 
 
+class Clock:
+    """The times at which the host and the device would be if the device worked by itself, in seconds.
+
+    Nothing takes any time but what a test launches, and the host waits where it waits for events or for the device.
+    """
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+
+    def launch(self, seconds: float) -> None:
+        """Put work of this duration behind what the device has to do."""
+        self.device = max(self.device, self.host) + seconds
+
+    def wait(self, until: float | None = None) -> None:
+        """The host waits until then, or until the device has nothing left to do."""
+        self.host = max(self.host, self.device if until is None else until)
+
+
+CLOCK = Clock()
+
+
 class Stream:
     """Stands in for `torch.cuda.Stream`: what is put on it has run when the call returns."""
 
@@ -42,7 +63,7 @@ class Stream:
         pass
 
     def synchronize(self) -> None:
-        pass
+        CLOCK.wait()
 
 
 class Event:
@@ -51,11 +72,13 @@ class Event:
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
+    recorded = 0.0
+
     def record(self, stream: Stream | None = None) -> None:
-        pass
+        self.recorded = CLOCK.device
 
     def synchronize(self) -> None:
-        pass
+        CLOCK.wait(self.recorded)
 
 
 def install() -> None:
@@ -116,11 +139,12 @@ def _play_torch() -> None:
         "reset_peak_memory_stats",
         "set_device",
         "set_stream",
-        "synchronize",
     ):
         setattr(torch.cuda, name, nothing())
-    for name in ("empty_cache", "empty_host_cache", "reset_peak_memory_stats", "set_device_index", "synchronize"):
+    for name in ("empty_cache", "empty_host_cache", "reset_peak_memory_stats", "set_device_index"):
         setattr(torch.accelerator, name, nothing())
+    torch.cuda.synchronize = lambda device=None: CLOCK.wait()
+    torch.accelerator.synchronize = lambda device=None: CLOCK.wait()
 
 
 def _stand_in_for_extensions() -> None:

@@ -33,6 +33,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import Target
 
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.control.calibrate import read_sweep
+from vllm_selfspec.control.policy import StepObservation
 from vllm_selfspec.drafter import quantize_cuda, verify_graphs
 from vllm_selfspec.drafter import speculator as speculator_module
 from vllm_selfspec.drafter.quantize_cuda import (
@@ -644,8 +645,8 @@ def test_the_shapes_have_their_models_sizes(script: Any, tmp_path: Path) -> None
 def test_component_times_are_told_apart(script: Any, tmp_path: Path) -> None:
     target, draft, verify = 0.010, 0.004, 0.012
 
-    def step(verified: int, drafted: int, seconds: float) -> dict[str, float]:
-        return {"num_verified": verified, "num_drafted": drafted, "seconds": seconds, "mean_context": 100}
+    def step(verified: int, drafted: int, seconds: float) -> StepObservation:
+        return StepObservation(seconds, 2, 100, verified, drafted)
 
     steps = [step(0, 0, target), step(0, 0, target), step(0, 3, target + 3 * draft), step(3, 0, verify)]
     rows = script.sweep_rows("tiny", 2, [*steps, step(3, 3, verify + 3 * draft)])
@@ -670,7 +671,7 @@ def test_a_sweep_captures_what_it_measures(script: Any, monkeypatch: pytest.Monk
 
 
 def test_a_batch_that_was_never_decoded_plainly_gives_no_rows(script: Any) -> None:
-    only = {"num_verified": 0, "num_drafted": 3, "seconds": 1.0, "mean_context": 9}
+    only = StepObservation(1.0, num_decode=1, mean_context=9, num_verified=0, num_drafted=3)
     assert script.sweep_rows("tiny", 1, [only]) == []
 
 

@@ -50,6 +50,15 @@ def test_points_are_the_times_that_were_measured() -> None:
     assert all(p.batch == 2 and p.seq == 100 for p in points.values())
 
 
+def test_points_of_steps_that_hold_the_drafts_of_the_step_before() -> None:
+    seconds = VERIFY[4]
+    unknown = step(9.0, num_verified=1, num_drafted=1)  # no draft of this run was timed yet
+    steps = [unknown, step(PLAIN), step(PLAIN), step(PLAIN + 4 * DRAFT, num_drafted=4)]
+    steps += [step(seconds + 4 * DRAFT, num_verified=4, num_drafted=4)]
+    points = {(p.component, p.num_draft_tokens): p.seconds for p in points_of([steps], batch=2)}
+    assert points == pytest.approx({("target", 0): PLAIN, ("draft", 4): DRAFT, ("verify", 4): seconds})
+
+
 def test_a_step_that_computes_all_prompts_is_a_prefill_point() -> None:
     # Two requests of 32 tokens: the last token of each counts as decoding.
     points = points_of([[step(0.3, prefill_tokens=62), step(PLAIN)]], batch=2)

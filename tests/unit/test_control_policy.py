@@ -435,6 +435,15 @@ def test_a_slow_machine_says_little_about_the_draft_that_it_slows() -> None:
     assert times.draft / times.verify[0] == pytest.approx(draft / plain, rel=0.1)
 
 
+def test_prompts_say_little_about_decoding() -> None:
+    """The first step of a request is mostly its prompt: what that takes beyond its prediction is the prompt's."""
+    model = _model(0.010, 1e-4, 0.004)
+    correction = OnlineCorrection(model, 7)
+    seconds = correction.predict(1, 64, 0, 0, prefill_tokens=64)
+    correction.observe(1.5 * seconds, 1, 64, 0, 0, prefill_tokens=64)
+    assert correction.step_times(1, 64, 7).verify[0] < 1.05 * model.target_time(1, 64)
+
+
 def test_doubts_are_those_of_the_ratio_of_two_cycles() -> None:
     """Against corrections drawn from the state's own distribution."""
     model = _model(0.010, 1e-4, 0.004)

@@ -23,6 +23,8 @@ from vllm_selfspec.control.cost_model import CostModel, StepTimes
 _COMMON_SD, _KIND_SD, _LOCAL_SD = 1.0, 0.35, 0.20
 _PRIOR_COMMON_SD, _PRIOR_KIND_SD = 3.0, 0.7
 _NOISE_SD = 0.06
+_PREFILL_SD = 0.5
+"""Of a step with few rows of prompts; with as many as decoding has, their variance is twice that."""
 _SPEED_SD, _SPEED_STEPS = 0.5, 256.0
 """Spread of the logarithm of the machine's speed, and the steps after which it has forgotten 63 % of itself."""
 _JUMP_SD = 0.5
@@ -209,8 +211,10 @@ class OnlineCorrection:
         innovation = math.log(seconds / predicted)
         share = forward / predicted
         column = share * self._cov[verify_index] + (1.0 - share) * self._cov[draft_index] + self._cov[self._speed]
-        # the marginal cost of prefill is known roughly, so mixed steps say little
-        noise = _NOISE_SD**2 + (0.25 if prefill_tokens else 0.0)
+        noise = _NOISE_SD**2
+        if prefill_tokens:
+            # the cost of prompts is known roughly: the more of them, the less the step says of decoding
+            noise += _PREFILL_SD**2 * (1.0 + prefill_tokens / (batch * (num_verified + 1.0)))
         variance = float(share * column[verify_index] + (1.0 - share) * column[draft_index] + column[self._speed])
         variance += noise
         if innovation * innovation > _SURPRISE**2 * variance:

@@ -167,9 +167,10 @@ class Decision:
 class StepObservation:
     """A finished step, as the scheduler saw it.
 
-    `seconds` from the end of the previous step to the end of this one. `num_verified` and `num_drafted` are draft
-    tokens per decoding request (means where requests differ). `probe` says that the step's draft length was an
-    experiment, `light` that the light view drafted. Leave steps out whose duration means nothing (the engine was idle).
+    `seconds` from the result of the previous step to that of this one. `num_verified` and `num_drafted` are draft
+    tokens per decoding request that were verified and made in this time (means where requests differ); on some devices
+    the drafts are those of the step before. `probe` says that their number was an experiment, `light` that the light
+    view made them. Leave steps out whose duration means nothing (the engine was idle).
     """
 
     seconds: float

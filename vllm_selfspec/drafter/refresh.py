@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_selfspec.config import ConfigError, Precision
 from vllm_selfspec.drafter.quantize import QuantizedLinear, quantize
@@ -79,8 +80,10 @@ class WeightTap:
         if state is None:
             self._states[layer] = quantize(weight.detach(), precision, self.light)
         else:
+            _wait_for_the_device()  # else its work of before would be counted, and that of the refresh would not
             start = time.perf_counter()
             state.refresh(weight.detach())
+            _wait_for_the_device()
             self.refresh_seconds += time.perf_counter() - start
             self.refreshed_layers += 1
         self._stale.discard(layer)
@@ -169,6 +172,11 @@ class WeightTap:
     def nbytes(self) -> int:
         """Bytes of all quantized weights."""
         return sum(state.nbytes for state in self._states.values())
+
+
+def _wait_for_the_device() -> None:
+    if not current_platform.is_cpu():
+        torch.accelerator.synchronize()
 
 
 @torch.inference_mode()

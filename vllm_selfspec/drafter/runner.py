@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 
@@ -40,3 +44,16 @@ def every_draft_length(num_speculative_tokens: int) -> list[tuple[int, int, int]
     from it: selfspec's scheduler decides that.
     """
     return [(row + 1, row + 1, num_speculative_tokens - row) for row in range(num_speculative_tokens + 1)]
+
+
+def drafts_follow_the_result(config: VllmConfig) -> bool:
+    """Whether a step's result reaches the scheduler before the step's drafts are computed.
+
+    On V2 the host waits for the sampled tokens alone: the device drafts while the next step is scheduled, and does so
+    without asynchronous scheduling, too. So from one result to the next it computes the drafts of the step before and
+    the forward pass of this one. On V1 the copy of the sampled tokens is queued behind the drafts, and on CPU every
+    call returns when its work is done.
+    """
+    from vllm.platforms import current_platform
+
+    return config.use_v2_model_runner and not current_platform.is_cpu()
