@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import random
@@ -32,6 +33,11 @@ BLOCK = 32
 """Tokens per KV block: the least that vLLM's CPU attention takes."""
 
 
+_engines = 0
+atexit.register(gc.unfreeze)  # extensions count at the end what is left of them
+_freeze, gc.freeze, gc.unfreeze = gc.freeze, lambda: None, lambda: None
+
+
 @contextmanager
 def engine(model: str, selfspec: dict[str, Any] | None = None, **arguments: Any) -> Iterator[LLM]:
     """An in-process float32 engine for `model`, torn down at the end.
@@ -56,14 +62,32 @@ def engine(model: str, selfspec: dict[str, Any] | None = None, **arguments: Any)
     }
     if selfspec is not None:
         defaults["speculative_config"] = {"method": "selfspec", **selfspec}
-    llm = LLM(model, **(defaults | arguments))
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
+    with little_garbage():
+        llm = LLM(model, **(defaults | arguments))
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
+            gc.collect()
+
+
+@contextmanager
+def little_garbage() -> Iterator[None]:
+    """Set aside what lives before an engine, so that it is not searched for garbage: vLLM does so a dozen times.
+
+    vLLM sets aside things itself, those of an engine that will be gone, too: not here.
+    """
+    global _engines
+    if not _engines:
         gc.collect()
+        _freeze()
+    _engines += 1
+    try:
+        yield
+    finally:
+        _engines -= 1
 
 
 def skip_without_kernels(drafter: dict[str, Any]) -> None:
