@@ -1,11 +1,11 @@
 """`control.profile: auto`: times the real engine at start-up, once per model, machine, drafter and versions.
 
 The engine core runs a few synthetic requests of random tokens through its own scheduler, model and sampler, with draft
-lengths dictated step by step, so the times hold everything that a step holds. Alternating "draft γ" and "draft none"
-steps separates the three times that the cost model needs: a step that neither verifies nor drafts takes T_T, one that
-only verifies γ takes T_V(γ), one that only drafts γ takes T_T + γ·T_D. Where a step's duration holds the drafts of the
-step before (`drafts_follow_the_result`), γ drafts are made twice in a row, and the first are not verified: the second
-step then takes T_T + γ·T_D, the third γ·T_D + T_V(γ).
+lengths dictated step by step, so the times hold everything that a step holds. Different steps in turn separate the
+three times that the cost model needs. On CPU a step that neither verifies nor drafts takes T_T, one that only verifies
+γ takes T_V(γ), one that only drafts γ takes T_T + γ·T_D. On a device that works by itself the work of one step may be
+in the duration of a neighbour, so several steps of a kind follow each other: plain ones, ones that draft γ which are
+not verified, taking T_T + γ·T_D, and ones that draft γ and verify γ.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -180,9 +181,9 @@ def run_batch(
     # A plain step, one that drafts, one that only verifies what was drafted. What verifying takes does not depend on
     # the view, so one length of the light one is enough.
     main, light = (False, True) if light_view else (None, None)
-    drafting = [(length, main) for length in lengths] + [(lengths[len(lengths) // 2], light)] * light_view
-    plan = [step for choice in drafting for step in cycle(core, *choice)] * REPETITIONS
-    needed = 2 + sum(step.num_draft_tokens + 1 for step in plan)
+    drafting = [Dictate(length, main) for length in lengths] + [Dictate(lengths[len(lengths) // 2], light)] * light_view
+    plan = plan_for(drafting, REPETITIONS)
+    needed = 2 + sum(step.num_draft_tokens * step.verified + 1 for step in plan)
     room = core.vllm_config.model_config.max_model_len
     prompt = min(SHORT_CONTEXT, max(1, room // 4))
     if far:
@@ -198,10 +199,13 @@ def run_batch(
     return observations
 
 
-def cycle(core: Any, num_draft_tokens: int, light: bool | None = None) -> list[Dictate]:
-    """Steps from which `components_of` tells T_T, T_D and T_V(γ) apart."""
-    unverified = [Dictate(num_draft_tokens, light, verified=False)] * core.scheduler.drafts_follow_the_result
-    return [Dictate(0), *unverified, Dictate(num_draft_tokens, light), Dictate(0)]
+def plan_for(drafting: Sequence[Dictate], repetitions: int) -> list[Dictate]:
+    """Steps from which `components_of` tells T_T, T_D and T_V(γ) apart, for each way of drafting."""
+    plain = Dictate(0)
+    if current_platform.is_cpu():
+        return [step for wanted in drafting for step in (plain, wanted, plain)] * repetitions
+    kinds = [kind for wanted in drafting for kind in (plain, replace(wanted, verified=False), wanted)]
+    return [kind for kind in kinds for _ in range(3 * repetitions)]
 
 
 @contextmanager
@@ -278,7 +282,7 @@ def points_of(runs: Sequence[Sequence[StepObservation]], batch: int) -> list[Poi
     return [Point(component, batch, at, k, middle, error) for component, at, k, middle, error in medians if middle > 0]
 
 
-def components_of(steps: Iterable[StepObservation]) -> dict[tuple[Component, int], list[float]]:
+def components_of(steps: Sequence[StepObservation]) -> dict[tuple[Component, int], list[float]]:
     """Seconds of each component at each γ, from decoding steps in order.
 
     A draft is what a step took beyond the plain one before it, a verification beside drafts what it took beyond the
@@ -287,7 +291,7 @@ def components_of(steps: Iterable[StepObservation]) -> dict[tuple[Component, int
     seconds: dict[tuple[Component, int], list[float]] = defaultdict(list)
     plain: float | None = None
     draft: float | None = None
-    for step in steps:
+    for step in steps if current_platform.is_cpu() else steady(steps):
         verified, drafted = int(step.num_verified), step.num_drafted
         if verified and not drafted:
             seconds["verify", verified].append(step.seconds)
@@ -301,6 +305,16 @@ def components_of(steps: Iterable[StepObservation]) -> dict[tuple[Component, int
             draft = (step.seconds - plain) / drafted
             seconds["light" if step.light else "draft", drafted].append(draft)
     return seconds
+
+
+def steady(steps: Sequence[StepObservation]) -> list[StepObservation]:
+    """Those among steps of one kind, one before and two after them.
+
+    Where the device works by itself, what passes between two results is the drafts of the step before and the forward
+    pass of this one, or, where the host takes longer than the device, what it does meanwhile for this step or the next.
+    """
+    kinds = [(step.num_verified, step.num_drafted, step.light) for step in steps]
+    return [steps[i] for i in range(1, len(steps) - 2) if len(set(kinds[i - 1 : i + 3])) == 1]
 
 
 def _error(seconds: Sequence[float]) -> float:

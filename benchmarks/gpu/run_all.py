@@ -42,7 +42,7 @@ STAGES = ("correctness", "sweep", "rollout")
 COLUMNS = ("model", "batch", "seq", "gamma", "mode", "mean_ms", "median_ms", "std_ms", "min_ms", "max_ms", "n_samples")
 ENGINE_TESTS = ("test_kv_slots", "test_lossless_stress", "test_distribution", "test_families", "test_following_weights")
 PIECE_MIB = 48
-REPETITIONS = 5
+REPETITIONS = 3
 MODES = {"target": "target_decode", "draft": "drafter_decode", "verify": "target_verify"}
 PLUGINS = "vllm.general_plugins"
 
@@ -501,8 +501,8 @@ def capture_only_what_is_measured(batches: Sequence[int], gamma: int) -> None:
 
 
 def longest_answer(gamma: int) -> int:
-    """More tokens than a request gets in `measure_steps`: a cycle has five steps at most, one of which verifies."""
-    return 2 + REPETITIONS * (5 + 2 * gamma)
+    """More tokens than a request gets in `measure_steps`."""
+    return 3 + gamma + 3 * REPETITIONS * (3 + gamma)
 
 
 def measure_steps(core: Any, batch: int, seq: int, gamma: int) -> list[StepObservation]:
@@ -510,10 +510,10 @@ def measure_steps(core: Any, batch: int, seq: int, gamma: int) -> list[StepObser
 
     The contexts are not computed, which would take most of the sweep's time and change no step's.
     """
-    from vllm_selfspec.live_profile import cycle, synthetic_requests
+    from vllm_selfspec.live_profile import plan_for, synthetic_requests
     from vllm_selfspec.scheduler import Dictate
 
-    plan = [Dictate(0), Dictate(0), *[Dictate(0), *cycle(core, gamma)] * REPETITIONS]
+    plan = [Dictate(0), Dictate(0), *plan_for([Dictate(gamma)], REPETITIONS)]
     with synthetic_requests(core, batch, seq, longest_answer(gamma), computed=True) as (step, observations):
         for wanted in plan:
             step(wanted)

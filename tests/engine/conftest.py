@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # Read when vLLM is imported.
@@ -22,6 +24,17 @@ if emulated_cuda.wanted():
 
 import pytest
 from tiny_models import write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def script() -> ModuleType:
+    """`benchmarks/gpu/run_all.py` as a module."""
+    path = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run_all.py"
+    spec = importlib.util.spec_from_file_location("gpu_run_all", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

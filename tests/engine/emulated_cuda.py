@@ -29,7 +29,7 @@ def wanted() -> bool:
 class Clock:
     """The times at which the host and the device would be if the device worked by itself, in seconds.
 
-    Nothing takes any time but what a test launches, and the host waits where it waits for events or for the device.
+    Nothing takes any time but what a test says, and the host waits where it waits for events or for the device.
     """
 
     def __init__(self) -> None:
@@ -38,6 +38,10 @@ class Clock:
     def launch(self, seconds: float) -> None:
         """Put work of this duration behind what the device has to do."""
         self.device = max(self.device, self.host) + seconds
+
+    def work(self, seconds: float) -> None:
+        """Let the host work for so long."""
+        self.host += seconds
 
     def wait(self, until: float | None = None) -> None:
         """The host waits until then, or until the device has nothing left to do."""
@@ -69,10 +73,10 @@ class Stream:
 class Event:
     """Stands in for `torch.cuda.Event`."""
 
+    recorded = 0.0
+
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
-
-    recorded = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
         self.recorded = CLOCK.device

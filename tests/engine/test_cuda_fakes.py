@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import os
@@ -618,16 +617,6 @@ def test_the_users_choice_of_a_runner_stands(
 
 
 # benchmarks/gpu/run_all.py: what of it needs neither a GPU nor an engine.
-
-
-@pytest.fixture(scope="module")
-def script() -> Any:
-    path = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run_all.py"
-    spec = importlib.util.spec_from_file_location("gpu_run_all", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_shapes_have_their_models_sizes(script: Any, tmp_path: Path) -> None:

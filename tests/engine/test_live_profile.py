@@ -50,11 +50,17 @@ def test_points_are_the_times_that_were_measured() -> None:
     assert all(p.batch == 2 and p.seq == 100 for p in points.values())
 
 
-def test_points_of_steps_that_hold_the_drafts_of_the_step_before() -> None:
+def test_points_of_a_device_that_works_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several steps of a kind, of which the first one and the last two may hold a neighbour's work."""
+    monkeypatch.setattr(live_profile, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     seconds = VERIFY[4]
-    unknown = step(9.0, num_verified=1, num_drafted=1)  # no draft of this run was timed yet
-    steps = [unknown, step(PLAIN), step(PLAIN), step(PLAIN + 4 * DRAFT, num_drafted=4)]
-    steps += [step(seconds + 4 * DRAFT, num_verified=4, num_drafted=4)]
+    kinds = [
+        step(9.0, num_verified=1, num_drafted=1),  # no draft of this run was timed yet
+        step(PLAIN),
+        step(PLAIN + 4 * DRAFT, num_drafted=4),
+        step(seconds + 4 * DRAFT, num_verified=4, num_drafted=4),
+    ]
+    steps = [replace(kind, seconds=9.0 if place in (0, 3, 4) else kind.seconds) for kind in kinds for place in range(5)]
     points = {(p.component, p.num_draft_tokens): p.seconds for p in points_of([steps], batch=2)}
     assert points == pytest.approx({("target", 0): PLAIN, ("draft", 4): DRAFT, ("verify", 4): seconds})
 

@@ -23,7 +23,7 @@ from vllm_selfspec.control.cost_model import CostModel, StepTimes
 _COMMON_SD, _KIND_SD, _LOCAL_SD = 1.0, 0.35, 0.20
 _PRIOR_COMMON_SD, _PRIOR_KIND_SD = 3.0, 0.7
 _NOISE_SD = 0.06
-_PREFILL_SD = 0.5
+_PREFILL_SD = 1.0
 """Of a step with few rows of prompts; with as many as decoding has, their variance is twice that."""
 _SPEED_SD, _SPEED_STEPS = 0.5, 256.0
 """Spread of the logarithm of the machine's speed, and the steps after which it has forgotten 63 % of itself."""
