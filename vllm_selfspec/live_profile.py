@@ -4,8 +4,8 @@ The engine core runs a few synthetic requests of random tokens through its own s
 lengths dictated step by step, so the times hold everything that a step holds. Different steps in turn separate the
 three times that the cost model needs. On CPU a step that neither verifies nor drafts takes T_T, one that only verifies
 γ takes T_V(γ), one that only drafts γ takes T_T + γ·T_D. On a device that works by itself the work of one step may be
-in the duration of a neighbour, so several steps of a kind follow each other: plain ones, ones that draft γ which are
-not verified, taking T_T + γ·T_D, and ones that draft γ and verify γ.
+in the duration of a neighbour, so several steps of a kind follow each other: plain ones, ones that draft as many as
+they may which are not verified, taking T_T + γ·T_D, and, for each γ, ones that draft γ and verify γ.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from vllm_selfspec.scheduler import Dictate
 logger = init_logger("vllm.selfspec")
 
 BUDGET_SECONDS = {"cpu": 60.0}
-DEFAULT_BUDGET_SECONDS = 10.0
+DEFAULT_BUDGET_SECONDS = 20.0
 REPETITIONS, ROUNDS = 2, 4
 SHORT_CONTEXT, LONG_CONTEXT = 32, 4096
 
@@ -204,7 +204,8 @@ def plan_for(drafting: Sequence[Dictate], repetitions: int) -> list[Dictate]:
     plain = Dictate(0)
     if current_platform.is_cpu():
         return [step for wanted in drafting for step in (plain, wanted, plain)] * repetitions
-    kinds = [kind for wanted in drafting for kind in (plain, replace(wanted, verified=False), wanted)]
+    longest = max(drafting, key=lambda wanted: wanted.num_draft_tokens)
+    kinds = [plain, replace(longest, verified=False), *drafting]
     return [kind for kind in kinds for _ in range(3 * repetitions)]
 
 

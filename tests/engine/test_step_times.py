@@ -132,7 +132,6 @@ def test_a_profile_tells_drafting_and_verifying_apart(
             ("target", 0): verify(0),
             ("verify", 1): verify(1),
             ("verify", gamma): verify(gamma),
-            ("draft", 1): DRAFT,
             ("draft", gamma): DRAFT,
         }
     )
