@@ -94,7 +94,7 @@ class SelfSpecScheduling(Scheduler):
         self._caps: dict[str, int] = {}
         self._step_stats: list[StepStats] = []
         self._light_drafts = False
-        self.drafts_follow_the_result = drafts_follow_the_result(vllm_config)
+        self._drafts_follow_the_result = drafts_follow_the_result(vllm_config)
         """A step's duration holds the drafts of the step before instead of its own."""
         self._last_decision: Decision | None = None
         self._dictated: Dictate | None = None
@@ -124,8 +124,7 @@ class SelfSpecScheduling(Scheduler):
             self._caps = {} if wanted.verified else dict.fromkeys(self.requests, 0)
 
         self._observations = observations
-        self._in_flight.clear()  # asynchronously scheduled for requests that are done: not one of these steps
-        self._last_decision = None
+        self._forget_steps()
         try:
             yield dictate
         finally:
@@ -212,14 +211,19 @@ class SelfSpecScheduling(Scheduler):
         if self.has_unfinished_requests():
             self._busy_since = time.perf_counter()
         else:
-            self._busy_since = self._last_decision = None
-            self._in_flight.clear()  # a step of requests that are done: what follows it is not its duration
+            self._busy_since = None
+            self._forget_steps()
         return result
+
+    def _forget_steps(self) -> None:
+        """Steps in flight are of requests that are done: what follows says nothing of them, nor of earlier drafts."""
+        self._in_flight.clear()
+        self._last_decision = None
 
     def _observe(self, step: InFlightStep, result: ModelRunnerOutput) -> None:
         """Acceptance and duration of a finished step."""
         state, decision = step.decision.state, step.decision
-        drafting = self._last_decision if self.drafts_follow_the_result else decision
+        drafting = self._last_decision if self._drafts_follow_the_result else decision
         self._last_decision = decision
         observation = None
         if self._busy_since is not None and state.num_decode > 0:
