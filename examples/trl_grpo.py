@@ -7,7 +7,7 @@
 TRL's colocated mode builds the engine in the trainer's process with fixed arguments, none of them speculative, and
 after each optimizer step hands every parameter to the model's `load_weights`. On GPUs this needs `VLLM_SELFSPEC` and
 nothing else. TRL does not know CPU engines, so on a CPU `cpu_shims` below does four things in the open. TRL 1.16 warns
-that it has not been tried with vLLM 0.32 or 0.33, which selfspec supports.
+that it has not been tried with vLLM after 0.31; selfspec supports 0.29 to 0.33.
 """
 
 import argparse

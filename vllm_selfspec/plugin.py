@@ -18,10 +18,10 @@ from typing import Any
 
 from vllm_selfspec.config import ENV_VAR, ConfigError, SelfSpecConfig
 
-SUPPORTED_VLLM = ("0.32", "0.33")
+SUPPORTED_VLLM = ("0.29", "0.30", "0.31", "0.32", "0.33")
 """Minor versions of vLLM that the engine tests have run on; any other refuses the flag and is else left untouched."""
 
-INSTALL_VLLM = f"vllm {' or '.join(SUPPORTED_VLLM)}"
+INSTALL_VLLM = f"vllm {SUPPORTED_VLLM[0]} to {SUPPORTED_VLLM[-1]}"
 
 
 class SeamError(RuntimeError):
@@ -38,6 +38,8 @@ class Seam:
         parameters: parameter names the original must have, in any order.
         wrapper: `module:function` of selfspec; called as `wrapper(original, *args, **kwargs)`.
         needed: `module:function` that finds out by behaviour whether the original wants mending; None: always.
+        since: the first minor version of vLLM with this seam; "": all that are supported.
+        before: the first minor version that does without.
     """
 
     target: str
@@ -45,6 +47,8 @@ class Seam:
     parameters: tuple[str, ...]
     wrapper: str
     needed: str | None = None
+    since: str = ""
+    before: str = ""
 
     def apply(self) -> None:
         """Wrap the target, once, where it is needed.
@@ -52,6 +56,8 @@ class Seam:
         Raises:
             SeamError: if the target is missing or takes other parameters than expected.
         """
+        if (self.since and older_than(self.since)) or (self.before and not older_than(self.before)):
+            return
         owner, name = _owner(self.target)
         original = getattr(owner, name, None)
         if original is None:
@@ -120,6 +126,13 @@ EVERYWHERE = (
         ("self", "vllm_config"),
         "vllm_selfspec.live_profile:core_init",
     ),
+    Seam(
+        "vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features",
+        "runner V2 drafts for selfspec where vLLM itself has no draft model for it",
+        ("self",),
+        "vllm_selfspec.drafter.runner:unsupported_on_v2",
+        before="0.31",
+    ),
 )
 
 IN_OTHER_VERSIONS = Seam(
@@ -166,8 +179,14 @@ IN_WORKERS = (
             "the target has other weights now: the drafter quantizes again before its next proposal",
             ("self",),
             "vllm_selfspec.drafter.refresh:update_ends",
+            since=since,
         )
-        for method in ("finish_weight_update", "reload_weights", "wake_up", "reset_weights")
+        for method, since in (
+            ("finish_weight_update", ""),
+            ("reload_weights", ""),
+            ("wake_up", ""),
+            ("reset_weights", "0.32"),
+        )
     ),
     Seam(
         "vllm.v1.worker.gpu_worker:Worker.sample_tokens",
@@ -277,8 +296,15 @@ IN_V2_WORKERS = (
     Seam(
         "vllm.v1.worker.gpu.model_runner:init_speculator",
         "runner V2 builds the self-drafter where it would build a draft model's speculator",
-        ("vllm_config", "device", "req_states"),
+        ("vllm_config", "device"),
         "vllm_selfspec.drafter.speculator:init_speculator",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model",
+        "the drafter hears how many tokens the scheduler wants drafted",
+        ("self", "scheduler_output"),
+        "vllm_selfspec.drafter.speculator:execute_model",
+        before="0.32",
     ),
     Seam(
         "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates",
@@ -298,6 +324,14 @@ WORKER_METHODS = {
 def supports(version: str) -> bool:
     """Whether the engine tests have run on this version of vLLM."""
     return ".".join(version.split(".")[:2]) in SUPPORTED_VLLM
+
+
+def older_than(version: str) -> bool:
+    """Whether the installed vLLM, one that is supported, comes before minor version `version`."""
+    import vllm
+
+    installed = ".".join(vllm.__version__.split(".")[:2])
+    return SUPPORTED_VLLM.index(installed) < SUPPORTED_VLLM.index(version)
 
 
 def register() -> None:

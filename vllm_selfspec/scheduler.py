@@ -30,6 +30,7 @@ from vllm_selfspec.control.policy import Controller, ControlSettings, Decision, 
 from vllm_selfspec.drafter.refresh import RefreshCost
 from vllm_selfspec.drafter.runner import drafts_follow_the_result
 from vllm_selfspec.metrics import STATS_KEY, StepStats
+from vllm_selfspec.plugin import older_than
 from vllm_selfspec.speculative_config import one_scheduler_per_rank
 
 logger = init_logger("vllm.selfspec")
@@ -94,6 +95,8 @@ class SelfSpecScheduling(Scheduler):
         self._caps: dict[str, int] = {}
         self._step_stats: list[StepStats] = []
         self._light_drafts = False
+        self._num_drafts = self.num_spec_tokens
+        """How many tokens the step scheduled last drafts."""
         self._drafts_follow_the_result = drafts_follow_the_result(vllm_config)
         """A step's duration holds the drafts of the step before instead of its own."""
         self._last_decision: Decision | None = None
@@ -148,7 +151,7 @@ class SelfSpecScheduling(Scheduler):
             else:
                 wanted = self._dictated
                 decision = Decision(wanted.num_draft_tokens, Reason.FIXED, state, light=wanted.light)
-            scheduler_output.num_spec_tokens_to_schedule = decision.num_draft_tokens
+            scheduler_output.num_spec_tokens_to_schedule = self._num_drafts = decision.num_draft_tokens
             scheduler_output.selfspec_light = decision.light
             verified = sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
             self._in_flight.append(InFlightStep(scheduler_output, decision, verified, self._light_drafts))
@@ -163,9 +166,9 @@ class SelfSpecScheduling(Scheduler):
                 request.spec_token_ids = request.spec_token_ids[: self._caps[request_id]]
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
-        if self._caps:
-            for request_id, drafts in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
-                del drafts[self._caps.get(request_id, len(drafts)) :]
+        for request_id, drafts in zip(draft_token_ids.req_ids, draft_token_ids.draft_token_ids, strict=True):
+            # Before vLLM 0.32 runner V2 hands over as many as can be drafted, however many were.
+            del drafts[min(self._num_drafts, self._caps.get(request_id, self.num_spec_tokens)) :]
         super().update_draft_token_ids(draft_token_ids)
 
     def _state(self, output: SchedulerOutput) -> StepState:
@@ -323,7 +326,13 @@ class SelfSpecScheduler(SelfSpecScheduling):
 
     def _within_grammar(self, request_id: str, drafts: list[int]) -> list[int]:
         """The drafts that the request's grammar allows, then -1."""
-        allowed = self.structured_output_manager.validate_tokens(self.requests[request_id], drafts)
+        request = self.requests[request_id]
+        if not older_than("0.30"):
+            allowed = self.structured_output_manager.validate_tokens(request, drafts)
+        elif self.structured_output_manager.should_advance(request):
+            allowed = request.structured_output_request.grammar.validate_tokens(drafts)
+        else:
+            allowed = drafts
         return allowed + [-1] * (len(drafts) - len(allowed))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
+from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -85,6 +86,14 @@ class Event:
         CLOCK.wait(self.recorded)
 
 
+class SharedBuffer:
+    """Memory that host and device see, which here are the same."""
+
+    def __init__(self, size: Any, dtype: torch.dtype) -> None:
+        self.cpu = self.uva = torch.zeros(size, dtype=dtype)
+        self.np = self.cpu.numpy()
+
+
 def install() -> None:
     """Call before vLLM is imported, and after `interpreted_triton.install()`."""
     os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
@@ -147,6 +156,7 @@ def _play_torch() -> None:
         setattr(torch.cuda, name, nothing())
     for name in ("empty_cache", "empty_host_cache", "reset_peak_memory_stats", "set_device_index"):
         setattr(torch.accelerator, name, nothing())
+    torch.Tensor.pin_memory = lambda self, device=None: self
     torch.cuda.synchronize = lambda device=None: CLOCK.wait()
     torch.accelerator.synchronize = lambda device=None: CLOCK.wait()
 
@@ -340,7 +350,8 @@ def _quantize() -> None:
 def _start_workers_on_the_cpu() -> None:
     from vllm.utils.mem_utils import MemorySnapshot
     from vllm.v1.sample.ops import topk_topp_sampler
-    from vllm.v1.worker import gpu_worker
+    from vllm.v1.worker import gpu_worker, workspace
+    from vllm.v1.worker.gpu import buffer_utils
 
     def init_device(self: Any) -> None:
         self.device = torch.device("cpu")
@@ -349,9 +360,18 @@ def _start_workers_on_the_cpu() -> None:
         )
         gpu_worker.set_random_seed(self.model_config.seed)
         self.init_snapshot = MemorySnapshot(device=self.device)
-        self.requested_memory = gpu_worker.request_memory(self.init_snapshot, self.cache_config, 0)
-        self._init_workspace_and_model_runner()
+        self.requested_memory = int(MEMORY * self.cache_config.gpu_memory_utilization)
+        if hasattr(self, "_init_workspace_and_model_runner"):
+            self._init_workspace_and_model_runner()
+            return
+        # Before vLLM 0.32.
+        workspace.init_workspace_manager(self.device, 1)
+        package = "gpu.model_runner" if self.use_v2_model_runner else "gpu_model_runner"
+        runner = import_module(f"vllm.v1.worker.{package}").GPUModelRunner
+        self.model_runner = runner(self.vllm_config, self.device)
 
+    if not hasattr(buffer_utils, "NonUvaBuffer"):  # before vLLM 0.30 there was no other buffer than shared memory
+        buffer_utils.UvaBuffer = SharedBuffer
     gpu_worker.Worker.init_device = init_device
     gpu_worker.kernel_warmup = lambda *_, **__: None
     topk_topp_sampler.HAS_TRITON = False  # the interpreter cannot run that kernel

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -148,6 +148,12 @@ def drafter_of(llm: LLM) -> Any:
 def drafter_in(runner: Any) -> Any:
     """The drafter of a model runner, V1's or V2's."""
     return getattr(runner, "drafter", None) or runner.speculator
+
+
+def drafts_wanted(drafter: Any, arguments: Mapping[str, Any]) -> int:
+    """γ of a call of the drafter's `propose` with these arguments."""
+    gamma: int = arguments.get("num_speculative_tokens")
+    return drafter.scheduled_drafts if gamma is None else gamma  # before vLLM 0.32 runner V2 says it beforehand
 
 
 @dataclass

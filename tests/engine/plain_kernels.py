@@ -38,7 +38,7 @@ class PlainInt4Kernel(MPLinearKernel):
 
     def apply_weights(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         assert x.ndim == 2 and x.dtype == self.config.act_type and bias is None
-        packed, scale, _ = self._get_weight_params(layer)  # [K / 8, N], [K / group, N]
+        packed, scale, *_ = self._get_weight_params(layer)  # [K / 8, N], [K / group, N]
         values = (packed.unsqueeze(1) >> torch.arange(0, 32, 4, dtype=torch.int32)[:, None]) & 15
         values = values.reshape(-1, packed.shape[1]) - self.config.weight_type.bias
         weight = values * scale.float().repeat_interleave(self.config.group_size, dim=0)

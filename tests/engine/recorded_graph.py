@@ -26,6 +26,8 @@ from vllm.v1.attention import selector
 from vllm.v1.attention.backends import triton_attn
 from vllm.v1.worker.gpu import cudagraph_utils
 
+from vllm_selfspec.plugin import older_than
+
 READS = {torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default}
 """Operations whose result decides on the host."""
 OPAQUE = {
@@ -111,7 +113,11 @@ def record(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.cuda, "graph", capturing)
     patch.setattr(GridExecutor, "__call__", launch)
     patch.setattr(cudagraph_utils, "graph_capture", lambda device: nullcontext())
-    patch.setattr(cudagraph_utils, "capture_pool", lambda pool, config: nullcontext())
+    if older_than("0.32"):
+        patch.setattr(cudagraph_utils, "set_graph_pool_id", lambda pool: None)
+        patch.setattr(type(current_platform), "graph_pool_handle", lambda *_: None, raising=False)
+    else:
+        patch.setattr(cudagraph_utils, "capture_pool", lambda pool, config: nullcontext())
 
 
 @contextmanager

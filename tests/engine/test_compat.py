@@ -23,10 +23,12 @@ def run_fresh(program: str) -> list[str]:
     return [line.removeprefix("> ") for line in done.stdout.splitlines() if line.startswith("> ")]
 
 
-# What a CPU worker does before it is built.
+# What a CPU worker does before it is built, since vLLM 0.32.
 STAND_INS = """
 from vllm.platforms import current_platform
-current_platform.register_triton_kernel_overrides()
+from vllm_selfspec.plugin import older_than
+if not older_than("0.32"):
+    current_platform.register_triton_kernel_overrides()
 from vllm.v1.sample import rejection_sampler
 from vllm_selfspec.compat import cpu_expand
 from vllm_selfspec.plugin import MENDS

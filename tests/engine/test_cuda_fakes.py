@@ -8,6 +8,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,6 @@ from vllm.v1.worker.gpu import model_runner as v2_runner
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.dp_utils import DPSyncState
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
-from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator import TargetDependentARSpeculator
 
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.control.calibrate import read_sweep
@@ -41,9 +41,10 @@ from vllm_selfspec.drafter.quantize_cuda import (
     quantize_int4,
     usable_cuda_precisions,
 )
-from vllm_selfspec.drafter.runner import RUNNER_VARIABLE, choose_runner, every_draft_length
+from vllm_selfspec.drafter.runner import RUNNER_VARIABLE, choose_runner, every_draft_length, unsupported_on_v2
 from vllm_selfspec.drafter.verify_graphs import MOST_TOKENS, WITH_DRAFTS, decode_batches
-from vllm_selfspec.plugin import IN_V2_WORKERS, register
+from vllm_selfspec.drafter.view import DraftModel
+from vllm_selfspec.plugin import IN_V2_WORKERS, older_than, register
 
 
 @pytest.fixture
@@ -214,11 +215,12 @@ def test_the_checkpoint_layer_is_what_vllms_own_kernels_take(kernels: None) -> N
 BLOCK, MAX_LEN, MAX_DRAFTS = 4, 24, 3
 
 
-class Recorder(nn.Module):
+class Recorder(DraftModel):
     """A drafter whose next token is the last one plus the position, and that notes what each forward pass saw."""
 
     def __init__(self, speculator: Any) -> None:
-        super().__init__()
+        super().__init__(nn.Identity(), nn.Identity())
+        self._head = (SimpleNamespace(compute_logits=self._logits),)
         self.steps: list[dict[str, list[int]]] = []
         self._speculator = (speculator,)
 
@@ -235,7 +237,7 @@ class Recorder(nn.Module):
         )
         return (input_ids + positions).float().unsqueeze(1)
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return nn.functional.one_hot(hidden[:, 0].long() % 256, 256).to(torch.bfloat16)
 
 
@@ -278,17 +280,18 @@ def vllm_config(tiny: Callable[..., str]) -> VllmConfig:
 @pytest.fixture
 def speculator(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
     made = speculator_module.init_speculator(never_called, vllm_config, torch.device("cpu"), None)
-    made.model = Recorder(made)
+    with monkeypatch.context() as patch:
+        patch.setattr(speculator_module, "build_view", lambda *_: (Recorder(made), set()))
+        made.model = made.load_draft_model(nn.Identity(), set())
     made.attn_groups = []
     made.kv_cache_config = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["layer"])])
     made.builds = []
-    made.supports_decode_metadata_update = True
+    made._updates_metadata, made._block_size = True, BLOCK
     alone = SimpleNamespace(is_first_rank=True, is_last_rank=True)
     monkeypatch.setattr("vllm.v1.worker.gpu.cudagraph_utils.get_pp_group", lambda: alone)
     made.init_cudagraph_manager(CUDAGraphMode.NONE)
 
-    def build(desc: Any, num_reqs: int, queries: int, upper_bound: torch.Tensor, step: int) -> dict[str, Any]:
-        assert queries == 1
+    def build(desc: Any, num_reqs: int, upper_bound: torch.Tensor, step: int) -> dict[str, Any]:
         made.builds.append((num_reqs, step, made.draft_max_seq_len))
         return {"layer": None}
 
@@ -301,7 +304,7 @@ def speculator(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
                 logits_cache[request, int(logits_cache_col)] = logits[row]
         return logits.argmax(dim=-1)
 
-    monkeypatch.setattr(made, "_build_uniform_attn_metadata", build)
+    monkeypatch.setattr(made, "_build_metadata", build)
     monkeypatch.setattr("vllm.v1.worker.gpu.spec_decode.speculator.gumbel_sample", argmax)
     return made
 
@@ -381,9 +384,23 @@ def test_v2_follows_the_draft_length_of_the_step(speculator: Any, gamma: int) ->
     assert drafts[0, :gamma].tolist() == [11, 18, 26][:gamma]
 
 
+def test_v2_drafts_as_many_as_the_scheduler_said_before(speculator: Any) -> None:
+    """Before vLLM 0.32 `propose` is not told; a warm-up's step was not scheduled by selfspec and says nothing."""
+    runner = SimpleNamespace(speculator=speculator)
+    scheduled = SimpleNamespace(num_spec_tokens_to_schedule=2, selfspec_light=None)
+    assert speculator_module.execute_model(lambda *arguments: arguments, runner, scheduled, 5) == (runner, scheduled, 5)
+    speculator_module.execute_model(lambda *_: None, runner, SimpleNamespace(num_spec_tokens_to_schedule=0))
+    drafts = propose(speculator, BATCH)
+    assert len(speculator.model.steps) == 2 and drafts[0, :2].tolist() == [11, 18]
+    speculator.model.steps.clear()
+    propose(speculator, BATCH, dummy_run=True)
+    assert len(speculator.model.steps) == MAX_DRAFTS
+
+
 def test_v2_without_drafts_touches_nothing(speculator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_begin", "_copy_request_inputs", "_place", "_forward_and_sample", "_build_uniform_batch_dp_sync"):
+    for name in ("_begin", "_copy_request_inputs", "_place", "_forward_and_sample"):
         monkeypatch.setattr(speculator, name, never_called)
+    monkeypatch.setattr(speculator_module, "dispatch_cg_and_sync_dp", never_called)
     monkeypatch.setattr(speculator._tap, "refresh", never_called)
     assert propose(speculator, BATCH, num_speculative_tokens=0).shape == (4, MAX_DRAFTS)
     assert not speculator.model.steps
@@ -396,22 +413,25 @@ def test_v2_dummy_runs_write_no_kv_and_keep_no_logits(speculator: Any) -> None:
     assert (speculator.draft_logits == -7).all()
 
 
+@pytest.mark.skipif(older_than("0.30"), reason="ranks agree on no number of requests there")
 def test_v2_dummy_runs_draft_for_no_more_requests_than_any_rank_has(
     speculator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A dummy run is padded to a graph of the target; since vLLM 0.33 the number that ranks agree on is not."""
     seen = []
 
-    def dispatch(manager: Any, num_reqs: int, num_tokens: int, *, dp_sync_state: DPSyncState, **_: Any) -> Any:
-        seen.append((num_reqs, num_tokens, dp_sync_state.num_tokens_across_dp.tolist()))
+    name = "dp_sync" if older_than("0.32") else "dp_sync_state"
+
+    def dispatch(manager: Any, num_reqs: int, num_tokens: int, **arguments: Any) -> Any:
+        seen.append((num_reqs, num_tokens, arguments[name].num_tokens_across_dp.tolist()))
         desc = BatchExecutionDescriptor(cg_mode=CUDAGraphMode.NONE, num_tokens=num_tokens, num_reqs=num_reqs)
-        return desc, dp_sync_state
+        return desc, arguments[name]
 
     monkeypatch.setattr(speculator_module, "dispatch_cg_and_sync_dp", dispatch)
     sync = DPSyncState(
         num_tokens_across_dp=torch.tensor([8, 8]), uniform_token_count=4, eager=False, num_reqs=len(BATCH) - 2
     )
-    propose(speculator, BATCH, dummy_run=True, dp_sync_state=sync)
+    propose(speculator, BATCH, dummy_run=True, **{name: sync})
     assert seen == [(2, 2, [2, 2])]
     assert all(len(step["tokens"]) == 2 for step in speculator.model.steps)
 
@@ -427,7 +447,7 @@ def test_v2_profile_run_needs_no_kv_cache_and_compiles_for_more_than_one_row(spe
 def test_v2_attention_metadata_is_built_once_where_the_backend_can_refresh_it(
     speculator: Any, updates: bool, builds: list[tuple[int, int, int]]
 ) -> None:
-    speculator.supports_decode_metadata_update = updates
+    speculator._updates_metadata = updates
     propose(speculator, BATCH)
     assert speculator.builds == builds
 
@@ -487,16 +507,35 @@ def test_v2_keeps_vllms_interface() -> None:
         "load_draft_model",
         "init_cudagraph_manager",
         "capture",
-        "compute_draft_logits",
     ):
-        ours = inspect.signature(getattr(speculator_module.SelfDraftSpeculator, name)).parameters
-        theirs = inspect.signature(getattr(DraftModelSpeculator, name)).parameters
-        assert list(ours) == list(theirs), name
-    whole_step = inspect.signature(speculator_module.SelfDraftSpeculator._whole_step).parameters
-    captured = inspect.signature(TargetDependentARSpeculator._generate_draft).parameters
-    assert len(whole_step) == len(captured) and list(whole_step)[-1] == list(captured)[-1]
+        ours = list(inspect.signature(getattr(speculator_module.SelfDraftSpeculator, name)).parameters)
+        theirs = list(inspect.signature(getattr(DraftModelSpeculator, name)).parameters)
+        if name == "propose":  # its arguments before vLLM 0.32 come after those since
+            if older_than("0.32"):
+                ours = ["dp_sync" if argument == "dp_sync_state" else argument for argument in ours]
+            ours = ours[: len(theirs)]
+        assert ours == theirs, name
+    if older_than("0.32"):
+        vllms = import_module("vllm.v1.worker.gpu.spec_decode.autoregressive.speculator").AutoRegressiveSpeculator
+    else:
+        vllms = import_module(
+            "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator"
+        ).TargetDependentARSpeculator
+    whole_step = list(inspect.signature(speculator_module.SelfDraftSpeculator._whole_step).parameters)
+    captured = list(inspect.signature(vllms._generate_draft).parameters)
+    if older_than("0.32"):
+        whole_step.remove("num_speculative_steps")
+    assert len(whole_step) == len(captured) and (older_than("0.32") or whole_step[-1] == captured[-1])
     seam = inspect.signature(v2_runner.init_speculator).parameters
-    assert list(seam) == ["vllm_config", "device", "req_states"]
+    assert list(seam) == ["vllm_config", "device"] + ["req_states"] * (not older_than("0.32"))
+
+
+def test_v2_is_not_refused_for_want_of_draft_models(vllm_config: VllmConfig) -> None:
+    """Before vLLM 0.31 there were none on it; what else it lacks still counts."""
+    lacking = ["speculative method 'draft_model'", "sequence parallelism"]
+    assert unsupported_on_v2(lambda config: lacking, vllm_config) == ["sequence parallelism"]
+    other = SimpleNamespace(speculative_config=SimpleNamespace(method="draft_model"))
+    assert unsupported_on_v2(lambda config: lacking, other) == lacking
 
 
 def test_v2_leaves_other_configs_to_vllm(vllm_config: VllmConfig) -> None:
@@ -524,7 +563,7 @@ def test_v2_captures_graphs_only_where_metadata_can_be_refreshed(
         (False, CUDAGraphMode.FULL),
         (True, CUDAGraphMode.PIECEWISE),
     ):
-        speculator.supports_decode_metadata_update = updates
+        speculator._updates_metadata = updates
         speculator.init_cudagraph_manager(mode)
     assert modes == [CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.NONE, CUDAGraphMode.NONE]
 

@@ -21,6 +21,7 @@ from engines import (
     BLOCK,
     Job,
     drafter_of,
+    drafts_wanted,
     drive,
     engine,
     greedy,
@@ -168,7 +169,7 @@ class Inspector:
         """The drafter's `propose` under inspection."""
         runner, scheduler = runner_of(self.llm), scheduler_of(self.llm)
         inputs = inspect.signature(original).bind(*args, **kwargs).arguments
-        gamma = inputs["num_speculative_tokens"]
+        gamma = drafts_wanted(drafter_of(self.llm), inputs)
         valid = torch.zeros(
             self.caches[0].shape[0], BLOCK, dtype=torch.bool
         )  # slots that hold a token's keys and values

@@ -17,6 +17,7 @@ from emulated_cuda import CLOCK
 from engines import (
     Job,
     drafter_of,
+    drafts_wanted,
     drive,
     engine,
     generate,
@@ -72,7 +73,7 @@ def timed(
             return execute(output, *args, **kwargs)
 
         def timed_propose(*args: Any, **kwargs: Any) -> Any:
-            work(kwargs["num_speculative_tokens"] * (DRAFT + per_request * requests))
+            work(drafts_wanted(drafting, kwargs) * (DRAFT + per_request * requests))
             return propose(*args, **kwargs)
 
         monkeypatch.setattr(runner, "execute_model", timed_execute)

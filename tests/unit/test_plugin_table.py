@@ -51,6 +51,28 @@ def test_a_mend_is_applied_only_where_it_is_needed(toy: types.ModuleType, needed
     assert toy.Engine().step(4) == 4 + needed
 
 
+@pytest.mark.parametrize(
+    ("installed", "since", "before", "applied"),
+    [
+        ("0.31.2", "0.32", "", False),
+        ("0.32.0+cpu", "0.32", "", True),
+        ("0.31.2", "", "0.32", True),
+        ("0.32.0", "", "0.32", False),
+        ("0.29.0", "", "", True),
+    ],
+)
+def test_a_seam_is_applied_in_the_versions_that_have_it(
+    toy: types.ModuleType, monkeypatch: pytest.MonkeyPatch, installed: str, since: str, before: str, applied: bool
+):
+    vllm = types.ModuleType("vllm")
+    vllm.__version__ = installed
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    Seam("toy:Engine.step", "test", ("self", "tokens"), "toy:add_one", since=since, before=before).apply()
+    assert toy.Engine().step(4) == 4 + applied
+    if not applied:  # nor looked for
+        Seam("toy:Engine.gone", "test", (), "toy:add_one", since=since, before=before).apply()
+
+
 def test_a_missing_target_is_named(toy: types.ModuleType):
     with pytest.raises(SeamError, match=r"toy:Engine\.gone"):
         Seam("toy:Engine.gone", "test", (), "toy:add_one").apply()
@@ -72,7 +94,7 @@ def test_the_table_says_what_each_seam_is_for():
 
 @pytest.mark.parametrize(
     ("version", "supported"),
-    [("0.32.0", True), ("0.33.1+cpu", True), ("0.31.0", False), ("0.34.0rc1", False), ("0.330.0", False)],
+    [("0.29.0", True), ("0.33.1+cpu", True), ("0.28.1", False), ("0.34.0rc1", False), ("0.330.0", False)],
 )
 def test_only_versions_that_the_engine_tests_ran_on_are_touched(version: str, supported: bool):
     assert supports(version) is supported
@@ -104,7 +126,7 @@ def test_another_version_refuses_the_flag_in_one_sentence(
 ):
     register()
     register()
-    with pytest.raises(ConfigError, match=r"runs on vllm 0\.32 or 0\.33, and this is 0\.99\.0: install one of them"):
+    with pytest.raises(ConfigError, match=r"runs on vllm 0\.29 to 0\.33, and this is 0\.99\.0: install one of them"):
         newer_vllm.EngineArgs({"method": "selfspec"}).create_speculative_config("model")
     monkeypatch.setenv(ENV_VAR, "1")
     with pytest.raises(ConfigError, match=ENV_VAR):

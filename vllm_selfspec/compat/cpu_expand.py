@@ -3,7 +3,8 @@
 Symptom: at temperature > 0, CPU speculative decoding accepts almost nothing and samples from a wrong distribution;
 with top-k the engine crashes.
 Cause: the CPU stand-in of the Triton kernel `expand_kernel` converts its output to int64 and writes into that copy
-when the output is a float tensor, so `expand_batch_to_tokens` returns memory that nobody wrote.
+when the output is a float tensor, so `expand_batch_to_tokens` returns memory that nobody wrote. (Before 0.32 the
+stand-in is not there yet when a worker is built, in 0.30 and 0.31 not at all: the function raises TypeError.)
 Mend: `expand_batch_to_tokens` by `repeat_interleave`. Goes when vLLM's own function passes `broken()`.
 """
 
@@ -21,7 +22,10 @@ def broken() -> bool:
     from vllm.v1.sample import rejection_sampler
 
     values = torch.tensor([0.5, 0.0, 3.0])
-    got = rejection_sampler.expand_batch_to_tokens(values, torch.tensor([2, 3, 5], dtype=torch.int32), 5, 0, 1)
+    try:
+        got = rejection_sampler.expand_batch_to_tokens(values, torch.tensor([2, 3, 5], dtype=torch.int32), 5, 0, 1)
+    except TypeError:
+        return True
     return not torch.equal(got, torch.tensor([0.5, 0.5, 1.0, 3.0, 3.0]))
 
 

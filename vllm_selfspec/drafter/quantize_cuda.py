@@ -20,6 +20,7 @@ from torch import nn
 
 from vllm_selfspec.config import ConfigError, Precision
 from vllm_selfspec.drafter.quantize import QuantizedLinear, better_of
+from vllm_selfspec.plugin import older_than
 
 INT4_GROUPS = (64, 32)
 _INT4_BIAS = 8
@@ -214,6 +215,7 @@ def _int4_config(rows: int, columns: int, group: int, act_dtype: torch.dtype) ->
         act_type=act_dtype,
         group_size=group,
         zero_points=False,
+        **({"has_g_idx": False} if older_than("0.30") else {}),
     )
 
 
@@ -240,6 +242,7 @@ def _kernel(weight: torch.Tensor, precision: Precision, act_dtype: torch.dtype) 
             w_q_param_name="weight_packed",
             w_s_param_name="weight_scale",
             w_zp_param_name="weight_zero_point",
+            **({"w_gidx_param_name": "weight_g_idx"} if older_than("0.30") else {}),
         )
     if precision == "int8":
         return linear.init_int8_linear_kernel(

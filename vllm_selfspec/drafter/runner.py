@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,6 +36,14 @@ def choose_runner(lora: bool) -> None:
     if HAS_TRITON:  # else vLLM has no V2 to try
         reason = "which can draft with adapters" if cuda else "whose sampling is the faster one on CPU"
         init_logger("vllm.selfspec").info_once("selfspec uses model runner V1, %s.", reason)
+
+
+def unsupported_on_v2(original: Callable[[Any], list[str]], self: Any) -> list[str]:
+    """What a `VllmConfig` asks for that runner V2 does not have, before vLLM 0.31: it had no draft models."""
+    missing = original(self)
+    if hasattr(self.speculative_config, "selfspec"):
+        missing = [feature for feature in missing if feature != "speculative method 'draft_model'"]
+    return missing
 
 
 def every_draft_length(num_speculative_tokens: int) -> list[tuple[int, int, int]]:

@@ -31,7 +31,6 @@ from vllm.v1.worker.gpu.dp_utils import DPSyncState, dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.interface import ModelState
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
-from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_selfspec.config import ConfigError
@@ -39,18 +38,29 @@ from vllm_selfspec.drafter.proposer import draft_slots
 from vllm_selfspec.drafter.quantize import choose_precision
 from vllm_selfspec.drafter.refresh import WeightTap
 from vllm_selfspec.drafter.view import build_view, quantization_plan
+from vllm_selfspec.plugin import older_than
 from vllm_selfspec.speculative_config import SelfSpecSpeculativeConfig
+
+if older_than("0.32"):
+    from vllm.v1.worker.gpu.spec_decode.autoregressive.cudagraph_utils import SpeculatorCudaGraphManager
+else:
+    from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import SpeculatorCudaGraphManager
 
 logger = init_logger("vllm.selfspec")
 
 
-def init_speculator(
-    original: Callable[..., Any], vllm_config: VllmConfig, device: torch.device, req_states: Any
-) -> Any:
+def init_speculator(original: Callable[..., Any], vllm_config: VllmConfig, device: torch.device, *args: Any) -> Any:
     """V2's `init_speculator`, building a `SelfDraftSpeculator` when the config asks for one."""
     if not isinstance(vllm_config.speculative_config, SelfSpecSpeculativeConfig):
-        return original(vllm_config, device, req_states)
+        return original(vllm_config, device, *args)
     return SelfDraftSpeculator(vllm_config, device)
+
+
+def execute_model(original: Callable[..., Any], self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    """V2's `GPUModelRunner.execute_model` before vLLM 0.32, which does not tell the drafter its draft length."""
+    if isinstance(self.speculator, SelfDraftSpeculator) and hasattr(scheduler_output, "selfspec_light"):
+        self.speculator.scheduled_drafts = scheduler_output.num_spec_tokens_to_schedule
+    return original(self, scheduler_output, *args, **kwargs)
 
 
 class SelfDraftSpeculator(DraftModelSpeculator):
@@ -85,6 +95,8 @@ class SelfDraftSpeculator(DraftModelSpeculator):
         self._view_layer_names: set[str] = set()
         self._manager: SpeculatorCudaGraphManager | None = None
 
+        self.scheduled_drafts = self.num_speculative_steps
+        """γ, where `propose` is not told it."""
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._start = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
         """Position of each request's last token, which draft step 0 runs."""
@@ -96,6 +108,8 @@ class SelfDraftSpeculator(DraftModelSpeculator):
         model, self._view_layer_names = build_view(
             target_model, self.vllm_config, self._layers, self._weights, self._lm_head, self._tap, self._exit_head
         )
+        # Drafts are drawn from logits as the rejection sampler will see them.
+        model.logits_dtype = None if self.draft_logits is None else self.draft_logits.dtype
         return model
 
     def load_model(self, target_model: nn.Module) -> None:
@@ -132,9 +146,15 @@ class SelfDraftSpeculator(DraftModelSpeculator):
         own, self.draft_attn_layer_names = self.draft_attn_layer_names, self._view_layer_names
         super().set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)
         self.draft_attn_layer_names = own
+        # Before vLLM 0.32 the tables hold the blocks of the attention kernels, into which those of the cache are split.
+        self._block_size = (block_tables.kernel_block_sizes if older_than("0.32") else block_tables.block_sizes)[0]
+        self._updates_metadata = all(
+            group.supports_draft_decode_metadata_update for groups in self.attn_groups for group in groups
+        )
+        """Whether the attention backends bring their metadata to the next draft on the device."""
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL and self.supports_decode_metadata_update
+        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL and self._updates_metadata
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
         self._manager = SpeculatorCudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
 
@@ -175,6 +195,7 @@ class SelfDraftSpeculator(DraftModelSpeculator):
         mm_inputs: tuple[list[torch.Tensor], torch.Tensor] | None = None,
         is_profile: bool = False,
         num_speculative_tokens: int | None = None,
+        dp_sync: DPSyncState | None = None,
     ) -> torch.Tensor:
         """Draft γ = `num_speculative_tokens` tokens for each of the B requests.
 
@@ -183,20 +204,26 @@ class SelfDraftSpeculator(DraftModelSpeculator):
             num_sampled: [B] tokens that each request got in this step, 0 where its prompt is not through yet.
             num_rejected: [B] drafts rejected in this step.
             last_sampled: [max_num_reqs, 1] last token of each request, by request-state index.
+            dp_sync: what `dp_sync_state` was called before vLLM 0.32, which did not hand over γ either.
 
         Returns:
             [B, num_speculative_steps] int64; the first γ columns are drafts, what the others hold is undefined.
         """
         num_reqs = input_batch.num_reqs
+        dp_sync_state = None if older_than("0.30") else dp_sync_state or dp_sync  # 0.29's knows no number of requests
         if dummy_run and dp_sync_state is not None:  # padded to a graph of the target, when other ranks may have fewer
             num_reqs = min(num_reqs, dp_sync_state.num_reqs)
-        gamma = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        gamma = num_speculative_tokens
+        if gamma is None:
+            gamma = self.num_speculative_steps if dummy_run else self.scheduled_drafts
         if gamma == 0:
             return self.draft_tokens[:num_reqs]
         if not dummy_run:
             self._tap.refresh()
         skip_attn = dummy_run and skip_attn_for_dummy_run
-        self._copy_request_inputs(num_reqs, input_batch.idx_mapping, temperature, seeds, dummy_run)
+        self._copy_request_inputs(num_reqs, input_batch.idx_mapping[:num_reqs], temperature, seeds)
+        if dummy_run:  # names requests that are not there
+            self.idx_mapping.fill_(-1)
         self._begin(input_batch, num_sampled, num_rejected, last_sampled, writes=not dummy_run)
 
         sync, num_tokens = None, num_reqs
@@ -210,7 +237,7 @@ class SelfDraftSpeculator(DraftModelSpeculator):
             dp_size=self.dp_size,
             dp_rank=self.dp_rank,
             need_eager=is_profile,
-            dp_sync_state=sync,
+            **{"dp_sync" if older_than("0.32") else "dp_sync_state": sync},
         )
         if desc.cg_mode == CUDAGraphMode.FULL:
             self._replay(desc, gamma)
@@ -241,16 +268,17 @@ class SelfDraftSpeculator(DraftModelSpeculator):
         if writes:
             # Copied out of vLLM's buffer, which is another one each step: a captured graph must not hold its address.
             blocks = self.block_tables.num_blocks.gpu[0][input_batch.idx_mapping]
-            allocated = (blocks.long() * self.block_tables.block_sizes[0]).clamp_(max=self.max_model_len)
+            allocated = (blocks.long() * self._block_size).clamp_(max=self.max_model_len)
             self._limit[:num_reqs] = allocated.masked_fill_(num_sampled[:num_reqs] == 0, 0)
         start = input_batch.seq_lens[:num_reqs] - num_rejected[:num_reqs]
         self._start[:num_reqs] = torch.where(self._limit[:num_reqs] > 0, start, 0)
 
     def _replay(self, desc: BatchExecutionDescriptor, gamma: int) -> None:
         assert self._manager is not None
-        for groups in self.attn_groups:
-            for group in groups:
-                group.map_to_kernel_block_table(self.block_tables.input_block_tables[group.kv_cache_group_id])
+        if not older_than("0.32"):
+            for groups in self.attn_groups:
+                for group in groups:
+                    group.map_to_kernel_block_table(self.block_tables.input_block_tables[group.kv_cache_group_id])
         for _ in range(gamma):
             self._manager.run_fullgraph(desc)
 
@@ -269,15 +297,33 @@ class SelfDraftSpeculator(DraftModelSpeculator):
             self._place(num_reqs)
             if not skip_attn:
                 self._place_slots(num_reqs, desc.num_tokens)
-                if metadata is None or not self.supports_decode_metadata_update:
+                if metadata is None or not self._updates_metadata:
                     # An upper bound for all the steps that use this metadata.
-                    ahead = gamma if self.supports_decode_metadata_update else step + 1
-                    metadata = self._build_uniform_attn_metadata(desc, num_reqs, 1, seq_lens_cpu_upper_bound, ahead)
+                    ahead = gamma if self._updates_metadata else step + 1
+                    metadata = self._build_metadata(desc, num_reqs, seq_lens_cpu_upper_bound, ahead)
                     mapping = self.block_tables.slot_mappings[:, : desc.num_tokens]
                     slots = build_slot_mappings_by_layer(mapping, self.kv_cache_config)
                 else:
-                    self._update_draft_decode_metadata(metadata, num_reqs)
+                    self._update_metadata(metadata)
             self._forward_and_sample(num_reqs, desc.num_tokens, metadata, slots, num_tokens_across_dp)
+
+    def _build_metadata(
+        self, desc: BatchExecutionDescriptor, num_reqs: int, seq_lens_cpu_upper_bound: torch.Tensor, ahead: int
+    ) -> dict[str, Any] | None:
+        """Attention metadata of one token per request, up to `ahead` tokens behind the last."""
+        if older_than("0.30"):
+            padded = desc.num_reqs or num_reqs
+            old: dict[str, Any] | None = self._build_draft_attn_metadata(
+                num_reqs, padded, desc.num_tokens, seq_lens_cpu_upper_bound, ahead
+            )
+            return old
+        return self._build_uniform_attn_metadata(desc, num_reqs, 1, seq_lens_cpu_upper_bound, ahead)
+
+    def _update_metadata(self, metadata: dict[str, Any]) -> None:
+        """Bring the attention metadata to this step's sequence lengths, on the device."""
+        for groups in self.attn_groups:
+            for group in groups:
+                group.update_draft_decode_metadata(metadata)
 
     def _whole_step(
         self,
@@ -292,7 +338,7 @@ class SelfDraftSpeculator(DraftModelSpeculator):
         """What a graph holds; the parameters are those of vLLM's `SpeculatorCudaGraphManager`."""
         self._place(num_reqs)
         self._place_slots(num_reqs, num_tokens)
-        self._update_draft_decode_metadata(attn_metadata, num_reqs)
+        self._update_metadata(attn_metadata)
         self._forward_and_sample(num_reqs, num_tokens, attn_metadata, slot_mappings, num_tokens_across_dp)
 
     def _place(self, num_reqs: int) -> None:
@@ -310,7 +356,7 @@ class SelfDraftSpeculator(DraftModelSpeculator):
             self._start[:num_reqs] + self._step,
             self._limit[:num_reqs],
             self.block_tables.input_block_tables[0][:num_reqs],
-            self.block_tables.block_sizes[0],
+            self._block_size,
             1,
         )
         self.block_tables.slot_mappings[0, :num_reqs] = slots[0]
@@ -349,8 +395,3 @@ class SelfDraftSpeculator(DraftModelSpeculator):
         self.draft_tokens[:num_reqs].index_copy_(1, self._step.view(1), tokens.unsqueeze(1))
         self.input_buffers.input_ids[:num_reqs] = tokens
         self._step.add_(1).remainder_(self.num_speculative_steps)
-
-    def compute_draft_logits(self, hidden_states: torch.Tensor, spec_step_idx: int) -> torch.Tensor:
-        """Logits [B, V] in the dtype in which the rejection sampler will see them: drafts are drawn from these."""
-        logits = self.model.compute_logits(hidden_states)
-        return logits if self.draft_logits is None else logits.to(self.draft_logits.dtype)

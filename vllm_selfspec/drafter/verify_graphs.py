@@ -50,7 +50,7 @@ def init_candidates(original: Callable[..., None], self: Any) -> None:
         or self.decode_query_len != config.num_speculative_tokens + 1  # the drafter's own graphs
         or self.cudagraph_mode.decode_mode() != CUDAGraphMode.FULL
         or not self.cudagraph_mode.separate_routine()
-        or self.ubatch_runner is not None
+        or getattr(self, "ubatch_runner", None) is not None  # since vLLM 0.30
         or not self._capture_descs
     ):
         return

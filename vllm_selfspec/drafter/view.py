@@ -167,6 +167,8 @@ class DraftModel(nn.Module):
         self._light_runs = light_runs
         self.light: bool | None = None
         """Which view runs, where there are two; None: the light one while it has few rows."""
+        self.logits_dtype: torch.dtype | None = None
+        """Of what `compute_logits` returns; None: as the head computes them."""
 
     @property
     def has_light_view(self) -> bool:
@@ -187,7 +189,8 @@ class DraftModel(nn.Module):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits [T, vocab_size] of hidden states [T, hidden_size]."""
         self._choose_view(len(hidden_states))
-        return self._head[0].compute_logits(hidden_states)
+        logits = self._head[0].compute_logits(hidden_states)
+        return logits if self.logits_dtype is None else logits.to(self.logits_dtype)
 
 
 def build_view(
