@@ -188,6 +188,18 @@ IN_WORKERS = (
             ("reset_weights", "0.32"),
         )
     ),
+    *(
+        Seam(
+            f"vllm.v1.worker.gpu_worker:Worker.{method}",
+            "the view has no weights of its own to update: loading into it would take the target's apart",
+            ("self",),
+            f"vllm_selfspec.drafter.refresh:{wrapper}",
+        )
+        for method, wrapper in (
+            ("supports_draft_weight_updates", "supports_draft_weight_updates"),
+            ("_set_draft_weight_update_target", "refuse_draft_weights"),
+        )
+    ),
     Seam(
         "vllm.v1.worker.gpu_worker:Worker.sample_tokens",
         "tells the scheduler what following the weights has cost, for the metrics",

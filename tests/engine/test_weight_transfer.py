@@ -32,7 +32,7 @@ Logprobs = list[dict[int, float]]
 
 
 @contextlib.contextmanager
-def engine(model: str) -> Iterator[LLM]:
+def engine(model: str, **arguments: Any) -> Iterator[LLM]:
     register_weight_transfer()
     llm = LLM(
         model=model,
@@ -44,6 +44,7 @@ def engine(model: str) -> Iterator[LLM]:
         max_logprobs=256,
         kv_cache_memory_bytes=1 << 26,
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        **arguments,
     )
     try:
         yield llm
@@ -69,6 +70,25 @@ def update(llm: LLM, path: str | Path, version: str | None = None) -> None:
     llm.update_weights({"update_info": {"path": str(path)}})
     llm.finish_weight_update(version)
     llm.reset_prefix_cache()
+
+
+@pytest.mark.parametrize("selfspec", [True, False])
+def test_weights_for_a_draft_model_are_refused_before_any_is_touched(tiny: Callable[..., str], selfspec: bool) -> None:
+    """A view's layers are the target's: vLLM would prepare those for other weights."""
+    own = {"method": "selfspec", "control": {"mode": "fixed"}}
+    vllms = {"method": "draft_model", "model": tiny(), "num_speculative_tokens": 2}
+    with engine(tiny(), speculative_config=own if selfspec else vllms) as llm:
+        before = all_logprobs(llm)
+        supported = llm.collective_rpc("supports_draft_weight_updates")
+        if not selfspec:
+            assert supported == [True]
+            return
+        assert supported == [False]
+        with pytest.raises(Exception, match="method selfspec has no draft weights of its own"):
+            llm.start_draft_weight_update()
+        assert torch.equal(all_logprobs(llm), before)
+        update(llm, tiny(seed=1))
+        assert (all_logprobs(llm) - before).abs().max() > 1.0
 
 
 @pytest.fixture(scope="module", params=["llama_tied", "llama"])

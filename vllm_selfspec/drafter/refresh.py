@@ -221,6 +221,21 @@ def update_ends(original: Callable[..., Any], self: Any, *args: Any, **kwargs: A
             tap.mark_stale()
 
 
+def supports_draft_weight_updates(original: Callable[[Any], bool], self: Any) -> bool:
+    """The worker's answer to a trainer that would send a draft model's weights, too."""
+    return not hasattr(self.speculative_config, "selfspec") and original(self)
+
+
+def refuse_draft_weights(original: Callable[[Any], None], self: Any) -> None:
+    """The worker's `_set_draft_weight_update_target`, which `start_draft_weight_update` calls before it touches any."""
+    if hasattr(self.speculative_config, "selfspec"):
+        raise ConfigError(
+            "start_draft_weight_update: method selfspec has no draft weights of its own; update the target's alone, "
+            "the drafter follows them."
+        )
+    original(self)
+
+
 def sample_tokens(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """Wraps the worker's `sample_tokens`: what refreshes have cost so far travels to the scheduler with its result."""
     output = original(self, *args, **kwargs)
