@@ -50,13 +50,17 @@ class Seam:
     since: str = ""
     before: str = ""
 
+    def concerns_this_version(self) -> bool:
+        """Whether it is a seam of the installed vLLM."""
+        return not (self.since and older_than(self.since)) and (not self.before or older_than(self.before))
+
     def apply(self) -> None:
         """Wrap the target, once, where it is needed.
 
         Raises:
             SeamError: if the target is missing or takes other parameters than expected.
         """
-        if (self.since and older_than(self.since)) or (self.before and not older_than(self.before)):
+        if not self.concerns_this_version():
             return
         owner, name = _owner(self.target)
         original = getattr(owner, name, None)

@@ -59,7 +59,8 @@ def main():
         from vllm.v1.worker.gpu_worker import Worker
         from vllm_selfspec import plugin
         def wrapped(seams):
-            return [s.target for s in seams if hasattr(getattr(*plugin._owner(s.target)), "_selfspec_seam")]
+            here = [s for s in seams if s.concerns_this_version()]
+            return [s.target for s in here if hasattr(getattr(*plugin._owner(s.target)), "_selfspec_seam")]
         told["wrapped"] = wrapped(plugin.IN_WORKERS + plugin.IN_CPU_WORKERS)
         told["methods"] = [name for name in plugin.WORKER_METHODS if hasattr(Worker, name)]
         told["mended"] = wrapped(plugin.MENDS)
@@ -211,7 +212,7 @@ def test_a_selfspec_engine_wraps_the_seams(tmp_path: Path, tiny: Callable[..., s
     """The test above can fail: the same questions to an engine with the flag."""
     arguments = {"model": tiny("llama"), "speculative_config": SETTINGS}
     told = run_engine(tmp_path, {"arguments": arguments, "seams": True})
-    seams = [*plugin.IN_WORKERS, *plugin.IN_CPU_WORKERS]
+    seams = [seam for seam in (*plugin.IN_WORKERS, *plugin.IN_CPU_WORKERS) if seam.concerns_this_version()]
     # One of them depends on the CPU.
     assert told["wrapped"] == [s.target for s in seams if s.needed is None or plugin._function(s.needed)()]
     assert told["methods"] == list(plugin.WORKER_METHODS)
@@ -220,9 +221,10 @@ def test_a_selfspec_engine_wraps_the_seams(tmp_path: Path, tiny: Callable[..., s
 
 def test_register_twice_wraps_once() -> None:
     plugin.register()
-    before = [getattr(*plugin._owner(seam.target)) for seam in plugin.EVERYWHERE]
+    seams = [seam for seam in plugin.EVERYWHERE if seam.concerns_this_version()]
+    before = [getattr(*plugin._owner(seam.target)) for seam in seams]
     plugin.register()
-    assert [getattr(*plugin._owner(seam.target)) for seam in plugin.EVERYWHERE] == before
+    assert [getattr(*plugin._owner(seam.target)) for seam in seams] == before
     for wrapped in before:
         assert not hasattr(wrapped.__wrapped__, "_selfspec_seam")
 
