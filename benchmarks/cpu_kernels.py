@@ -46,6 +46,7 @@ KERNELS: dict[str, tuple[Callable[[torch.Tensor], Linear], float]] = {
     "bfloat16, torch": (lambda w: lambda x: torch.nn.functional.linear(x, w), 2.0),
     "bfloat16, oneDNN": (onednn, 2.0),
     "bfloat16, rows_linear": (lambda w: lambda x: torch.ops.selfspec_cpu.rows_linear(x, w, None), 2.0),
+    "bfloat16, avx512_rows_linear": (lambda w: lambda x: torch.ops.selfspec_cpu.avx512_rows_linear(x, w, None), 2.0),
     "int8, oneDNN": (quantized(CpuInt8Linear), 1.0),
     "int8, int8_linear": (quantized(RowsInt8Linear), 1.0),
     "int8, avx512_int8_linear": (quantized(Avx512Int8Linear), 1.0),
@@ -79,7 +80,7 @@ def main() -> None:
         try:
             layers, head = [make(weight) for weight in weights], make(torch.randn(HEAD).bfloat16())
             layers[0](torch.randn(1, SHAPES[0][1]).bfloat16())
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError) as error:
             print(f"{name}: not on this CPU ({str(error).splitlines()[0]})")
             continue
         built[name] = (layers, head)

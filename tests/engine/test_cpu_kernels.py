@@ -36,6 +36,12 @@ def library() -> None:
     cpu_kernels.load()
 
 
+AVX512_HALF = {"avx512f", "avx512bw", "avx512vl"}
+HALF_PRODUCTS = ["rows_linear"]
+if set(cpu_fact("flags").split()) >= AVX512_HALF:
+    HALF_PRODUCTS.append("avx512_rows_linear")
+
+
 def weight_of(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(shape[0])
     return (torch.randn(shape, generator=generator) * torch.rand(shape[0], 1, generator=generator)).to(dtype)
@@ -52,14 +58,19 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_rows_linear_is_the_product(shape: tuple[int, int], weight_dtype: torch.dtype, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("product", HALF_PRODUCTS)
+def test_rows_linear_is_the_product(
+    product: str, shape: tuple[int, int], weight_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
     weight = weight_of(shape, weight_dtype)
     bias = rows_of(1, shape[0], dtype)[0]
+    operator = getattr(torch.ops.selfspec_cpu, product)
     for count in ROWS:
         x = rows_of(count, shape[1], dtype)
         expected = x.double() @ weight.double().t() + bias.double()
         # float32 sums, then one rounding to x's type
-        assert error(torch.ops.selfspec_cpu.rows_linear(x, weight, bias), expected) < max(torch.finfo(dtype).eps, 1e-5)
+        assert error(operator(x, weight, bias), expected) < max(torch.finfo(dtype).eps, 1e-5)
+        assert error(operator(x, weight, None), expected - bias.double()) < max(torch.finfo(dtype).eps, 1e-5)
 
 
 def int8_values(weight: torch.Tensor) -> torch.Tensor:
@@ -112,7 +123,11 @@ def test_rows_do_not_depend_on_each_other() -> None:
     weight, x = weight_of((100, 2088)), rows_of(50, 2088, torch.bfloat16)
     products = [kind(weight) for kind in KINDS]
     for apply in (
-        lambda rows: torch.ops.selfspec_cpu.rows_linear(rows, weight.bfloat16(), None),
+        *(
+            functools.partial(getattr(torch.ops.selfspec_cpu, name), weight=weight.to(dtype), bias=None)
+            for name in HALF_PRODUCTS
+            for dtype in (torch.bfloat16, torch.float16)
+        ),
         *(functools.partial(linear.apply, bias=None) for linear in products),
     ):
         alone = torch.cat([apply(row[None]) for row in x])
@@ -264,7 +279,11 @@ def test_compiles(kind: type[RowsLinear]) -> None:
     assert torch.equal(compiled(x), linear.apply(x, None) * 2)
 
 
-def test_the_mend_takes_only_what_fell_back() -> None:
+@pytest.mark.parametrize("product", HALF_PRODUCTS)
+def test_the_mend_takes_only_what_vllm_serves_badly(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_half_linear, "half_product", lambda: product)
+    monkeypatch.setattr(cpu_half_linear, "badly_served", lambda: {torch.bfloat16})
+
     def dispatch(weight: torch.Tensor, packs: bool) -> object:
         layer = SimpleNamespace(weight=weight, cpu_linear=None)
 
@@ -276,20 +295,61 @@ def test_the_mend_takes_only_what_fell_back() -> None:
         cpu_half_linear.dispatch(original, layer, True)
         return layer.cpu_linear
 
-    half = weight_of((64, 128), torch.bfloat16)
-    assert dispatch(half, packs=False) is cpu_half_linear.linear
-    assert dispatch(half, packs=True) == "vLLM's"
-    assert dispatch(weight_of((64, 128)), packs=False) == "vLLM's"
+    half, linear = weight_of((64, 128), torch.bfloat16), cpu_half_linear.linear_by(product)
+    assert dispatch(half, packs=False) is linear
+    # with AVX-512 it is the slow one that vLLM packs the weight for
+    assert dispatch(half, packs=True) is (linear if product == "avx512_rows_linear" else "vLLM's")
+    assert dispatch(half.half(), packs=False) == dispatch(half.float(), packs=False) == "vLLM's"
     x = rows_of(6, 128, torch.bfloat16).reshape(2, 3, 128)
-    assert error(cpu_half_linear.linear(x, half, None), x.double() @ half.double().t()) < 0.01
+    assert error(linear(x, half, None), x.double() @ half.double().t()) < 0.01
+    monkeypatch.setattr(cpu_half_linear, "_zentorch_serves", lambda: True)
+    assert dispatch(half, packs=False) == "vLLM's"
 
 
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
-def test_without_a_compiler_it_says_so(
-    capability: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("product", HALF_PRODUCTS)
+def test_the_models_layers_compile(product: str) -> None:
+    weight = weight_of((64, 128), torch.bfloat16)
+    linear = cpu_half_linear.linear_by(product)
+    compiled = torch.compile(lambda x: linear(x, weight, None) * 2, fullgraph=True)
+    x = rows_of(3, 128, torch.bfloat16)
+    torch._dynamo.mark_dynamic(x, 0)
+    assert torch.equal(compiled(x), linear(x, weight, None) * 2)
+
+
+@pytest.mark.parametrize(
+    ("capability", "flags", "kind", "badly"),
+    [
+        ("AVX2", {"avx2"}, "avx2", {torch.bfloat16, torch.float16}),
+        ("AVX512", {"avx2", *AVX512_HALF}, "avx2", {torch.bfloat16, torch.float16}),  # Skylake
+        ("AVX512", cpu_kernels.AVX512_FLAGS, "avx512", {torch.bfloat16, torch.float16}),  # Ice Lake
+        ("AVX512", {*cpu_kernels.AVX512_FLAGS, "avx512_bf16"}, "avx512", {torch.float16}),  # Zen 4
+        ("AVX512", {*cpu_kernels.AVX512_FLAGS, "avx512_bf16", "avx512_fp16"}, "avx512", set()),  # Sapphire Rapids
+    ],
+)
+def test_the_kernels_of_a_cpu(
+    capability: str, flags: set[str], kind: str, badly: set[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(cpu_kernels, "cpu_fact", lambda name: " ".join(cpu_kernels.AVX512_FLAGS))
+    monkeypatch.setattr(cpu_kernels, "cpu_fact", lambda name: " ".join(flags))
+    monkeypatch.setattr(cpu_kernels, "load", lambda: None)
+    # what -march=native compiles there
+    monkeypatch.setattr(torch.ops, "selfspec_cpu", SimpleNamespace(rows_linear=None, avx512_int8_linear=None))
+    found = cpu_kernels.own_kernels.__wrapped__()
+    assert found == kind
+    monkeypatch.setattr(cpu_kernels, "own_kernels", lambda: found)
+    assert cpu_kernels.badly_served.__wrapped__() == badly
+
+
+@pytest.mark.parametrize(("capability", "flags"), [("AVX2", set()), ("AVX512", {"avx512_bf16"}), ("AVX512", set())])
+def test_without_a_compiler_it_says_so(
+    capability: str,
+    flags: set[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(cpu_kernels, "cpu_fact", lambda name: " ".join(cpu_kernels.AVX512_FLAGS | flags))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpu_kernels.logger, "propagate", True)
     cpu_kernels.load.cache_clear()
@@ -298,14 +358,14 @@ def test_without_a_compiler_it_says_so(
         caplog.clear()
         assert cpu_kernels.own_kernels.__wrapped__() == ""
         assert "install g++" in caplog.text and reason in caplog.text
-        assert ("verifying" in caplog.text) == (capability == "AVX2")
+        assert ("verifying" in caplog.text) == (not flags)
     assert not list((tmp_path / "vllm-selfspec" / "kernels").iterdir())
 
 
 def test_other_cpus_are_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AVX-512 without VNNI, for one."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(cpu_kernels, "cpu_fact", lambda name: "avx2 avx512f avx512bw avx512vl")
+    """One without AVX2, for one."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(cpu_kernels, "cpu_fact", lambda name: "sse4_2 avx")
     monkeypatch.setattr(cpu_kernels, "load", lambda: pytest.fail("built"))
     assert cpu_kernels.own_kernels.__wrapped__() == ""
 

@@ -1,9 +1,10 @@
 """Builds and loads `csrc/`: matrix products of few rows for x86 CPUs, at the memory's speed.
 
 On a CPU without AVX-512 oneDNN has no bfloat16 or float16 product and a very slow int8 one, and what vLLM falls back to
-takes nearly three times as long for four rows as for one (`cpu_rows.cpp`). Where there are AVX-512 and VNNI, the
-model's own layers are well served, but ATen's int4 product takes one and a half times as long as reading the weights
-for one row and ten times as long for sixteen (`cpu_avx512.cpp`, which also uses AMX). `docs/cost.md` has the times.
+takes nearly three times as long for four rows as for one (`cpu_rows.cpp`). Where AVX-512 comes without AVX512_BF16,
+oneDNN emulates bfloat16, and four rows take four times as long as one (`cpu_half.cpp`). With it the model's own layers
+are well served, but ATen's int4 product takes one and a half times as long as reading the weights for one row and ten
+times as long for sixteen (`cpu_avx512.cpp`, for VNNI, also uses AMX). `docs/cost.md` has the times.
 The library is built once per machine, with the compiler that torch.compile needs on CPU anyway.
 """
 
@@ -38,6 +39,7 @@ AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
 
 _OUTPUTS: dict[str, Callable[..., int]] = {
     "rows_linear": lambda weight, bias: weight.shape[0],
+    "avx512_rows_linear": lambda weight, bias: weight.shape[0],
     "int8_linear": lambda weight, scale, bias: weight.shape[0],
     "int4_linear": lambda weight, scale_and_min, bias: weight.shape[0],
     "views_linear": lambda light, weight8, scale, weight4, scale_and_min, bias: scale.shape[0],
@@ -53,13 +55,13 @@ def own_kernels() -> Literal["", "avx2", "avx512"]:
     """Which of these kernels serve drafts better than vLLM's and ATen's on this CPU; they are loaded then."""
     if not current_platform.is_cpu() or platform.machine() not in ("x86_64", "AMD64"):
         return ""
-    kind: Literal["", "avx2", "avx512"] = ""
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # and nothing above it that torch's kernels use
-        kind = "avx2"
-    elif set(cpu_fact("flags").split()) >= AVX512_FLAGS:
-        kind = "avx512"
-    if not kind:
+    capability = torch.backends.cpu.get_cpu_capability()  # the highest that torch's kernels use
+    if "AVX" not in capability:
         return ""
+    flags = set(cpu_fact("flags").split())
+    kind: Literal["avx2", "avx512"] = "avx2"  # also where AVX-512 comes without VNNI
+    if capability != "AVX2" and flags >= AVX512_FLAGS:
+        kind = "avx512"
     try:
         load()
         if kind == "avx512":
@@ -69,16 +71,34 @@ def own_kernels() -> Literal["", "avx2", "avx512"]:
         logger.warning(
             "selfspec cannot build its kernels for this CPU, so %s slow here: install g++ 11 or newer, or name a "
             "compiler in CXX. (%s)",
-            "drafting stays" if kind == "avx512" else "drafting and verifying stay",
+            "drafting stays" if "avx512_bf16" in flags else "drafting and verifying stay",
             reason,
         )
         return ""
     return kind
 
 
+@functools.cache
+def badly_served() -> frozenset[torch.dtype]:
+    """Those of bfloat16 and float16 whose layers in the model itself are better served by these kernels than by vLLM's.
+
+    oneDNN wants AVX512_BF16 (or AMX) and AVX512_FP16 for them.
+    """
+    if not own_kernels():
+        return frozenset()
+    needed = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
+    flags = cpu_fact("flags").split()
+    return frozenset(dtype for dtype, flag in needed.items() if flag not in flags)
+
+
 def half_layers_need_kernels() -> bool:
-    """True where the model's own bfloat16 and float16 layers are better served by these kernels than by vLLM's."""
-    return own_kernels() == "avx2"
+    """True where vLLM's products are slow for a type that models come in."""
+    return bool(badly_served())
+
+
+def half_product() -> Literal["rows_linear", "avx512_rows_linear"]:
+    """The operator for such layers."""
+    return "avx512_rows_linear" if hasattr(torch.ops.selfspec_cpu, "avx512_rows_linear") else "rows_linear"
 
 
 def library_in_use() -> str:

@@ -21,7 +21,7 @@
 
 #include <cstring>
 
-#include "cpu_common.h"
+#include "cpu_avx512.h"
 
 namespace {
 
@@ -36,31 +36,6 @@ inline void ask_for(const uint8_t* p) {
 }
 
 inline __m512i load64(const void* p) { return _mm512_loadu_si512(p); }
-
-inline __m512 widen16(__m256i bfloats) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloats), 16));
-}
-
-// Sixteen outputs of one row, those stored that `which` names; halves are rounded to even.
-inline void store16(__m512 v, float* out, __mmask16 which) { _mm512_mask_storeu_ps(out, which, v); }
-
-inline void store16(__m512 v, at::Half* out, __mmask16 which) {
-  _mm256_mask_storeu_epi16(out, which, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-
-inline void store16(__m512 v, at::BFloat16* out, __mmask16 which) {
-  const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i half = _mm512_add_epi32(_mm512_set1_epi32(0x7FFF), odd);
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
-  const __mmask16 no_number = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  const __m512i value = _mm512_mask_mov_epi32(rounded, no_number, _mm512_set1_epi32(0x7FC0));
-  _mm256_mask_storeu_epi16(out, which, _mm512_cvtepi32_epi16(value));
-}
-
-inline __m512 load16(const float* p, __mmask16 which) { return _mm512_maskz_loadu_ps(which, p); }
-inline __m512 load16(const at::Half* p, __mmask16 which) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(which, p)); }
-inline __m512 load16(const at::BFloat16* p, __mmask16 which) { return widen16(_mm256_maskz_loadu_epi16(which, p)); }
 
 // The same four inputs of a row for all outputs.
 inline __m512i four(const int8_t* x) {
@@ -94,21 +69,6 @@ struct Int4Scales {
 
 constexpr int64_t kPass = 8;  // rows whose sums registers hold beside the weights
 
-// Calls f.operator()<ROWS>() for 1 to kPass rows.
-template <typename F>
-inline void with_rows(int64_t rows, F f) {
-  switch (rows) {
-    case 1: return f.template operator()<1>();
-    case 2: return f.template operator()<2>();
-    case 3: return f.template operator()<3>();
-    case 4: return f.template operator()<4>();
-    case 5: return f.template operator()<5>();
-    case 6: return f.template operator()<6>();
-    case 7: return f.template operator()<7>();
-    default: return f.template operator()<kPass>();
-  }
-}
-
 constexpr int64_t kTileFrom = 4;  // rows from which on tiles are faster
 
 #ifdef __AMX_INT8__
@@ -141,17 +101,6 @@ class Tiles {
  private:
   int64_t configured_ = 0;
 };
-
-// Calls f.operator()<BLOCKS>() for so many rows, 1 to 64.
-template <typename F>
-inline void with_blocks(int64_t rows, F f) {
-  switch ((rows - 1) / 16) {
-    case 0: return f.template operator()<1>();
-    case 1: return f.template operator()<2>();
-    case 2: return f.template operator()<3>();
-    default: return f.template operator()<4>();
-  }
-}
 
 template <int BLOCKS>
 inline void zero_sums() {
@@ -346,7 +295,7 @@ void blocks(T* out, const T* bias, int64_t rows, int64_t outputs, const Kernel& 
         for (int64_t m = 0; m < rows; m += 64) {
           const int64_t count = std::min<int64_t>(64, rows - m);
           tiles.set_rows(count);
-          with_blocks(count, [&]<int BLOCKS>() { kernel.template tiles<BLOCKS>(block, m, count, result); });
+          with_count<4>((count + 15) / 16, [&]<int BLOCKS>() { kernel.template tiles<BLOCKS>(block, m, count, result); });
           store(block, m, count);
         }
 #endif
@@ -355,7 +304,7 @@ void blocks(T* out, const T* bias, int64_t rows, int64_t outputs, const Kernel& 
       for (int64_t block = 0; block < last; ++block)
         for (int64_t m = 0; m < rows; m += kPass) {
           const int64_t count = std::min(kPass, rows - m);
-          with_rows(count, [&]<int ROWS>() { kernel.template pass<ROWS>(block, m, result); });
+          with_count<kPass>(count, [&]<int ROWS>() { kernel.template pass<ROWS>(block, m, result); });
           store(block, m, count);
         }
     }

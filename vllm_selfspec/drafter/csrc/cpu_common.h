@@ -16,6 +16,23 @@
 namespace {
 
 constexpr int64_t kGroup = 64;
+constexpr int64_t kLine = 64;  // bytes of a line of a cache
+
+// What memory is asked for while a tile is computed: in each step a line of every output, `across` bytes apart, then
+// those that lie `along` bytes further on. Outputs of a tile are read side by side, an order that hardware does not
+// foresee.
+struct Ahead {
+  const char* from;
+  int64_t across, along;
+};
+
+// Turns a count, 1 to MOST, into a compile-time one: f.operator()<COUNT>().
+template <int MOST, typename F>
+inline void with_count(int64_t count, F f) {
+  if constexpr (MOST > 1)
+    if (count < MOST) return with_count<MOST - 1>(count, f);
+  f.template operator()<MOST>();
+}
 
 // --- eight values at a time ------------------------------------------------------------------------------------------
 

@@ -82,13 +82,6 @@ void widen_for(const T* in, float* out, int64_t count) {
   widen(in + i, out + i, count - i);
 }
 
-// What memory is asked for while a tile is computed: for each 32 inputs a line of every output, `across` bytes apart,
-// then those that lie `along` bytes further on.
-struct Ahead {
-  const char* from;
-  int64_t across, along;
-};
-
 // Adds to `sums` (or sets them, at the `start` of the inputs) the products of `count` inputs of weights `stride` apart.
 template <int OUT, int ROWS, typename W>
 inline void rows_tile(const W* w, const float* x, int64_t stride, int64_t count, Ahead ahead, bool start, float* sums,
@@ -222,7 +215,7 @@ inline void dispatch_tile(bool wide, int64_t rows, F f) {
 // depend on the others. With more than four rows, four rows of x over a chunk stay in the nearest cache while kBlock
 // outputs are computed from them, and those weights in the next one while all rows pass. With up to four, weights are
 // read once, in the order in which they lie.
-constexpr int64_t kBlock = 24, kChunk = 1024, kLine = 64;
+constexpr int64_t kBlock = 24, kChunk = 1024;
 
 // Sums [count, rows] of `count` outputs, whose weights begin at `w`, over the inputs k0..k1 of k.
 template <typename W>
