@@ -28,11 +28,15 @@ namespace {
 constexpr int64_t kOut = 16, kQuads = kGroup / 4;
 constexpr int64_t kInt8Bytes = kGroup * kOut, kScaleBytes = 2 * kOut * 2, kInt4Bytes = kGroup * kOut / 2 + kScaleBytes;
 
-constexpr int64_t kAhead = 4096;  // bytes of the stream asked for in advance
-
+// Asks for the next `BYTES` of a stream in advance: long before for the second cache, to which more lines can be under
+// way at a time, and from there for the first.
 template <int64_t BYTES>
 inline void ask_for(const uint8_t* p) {
-  for (int64_t i = 0; i < BYTES; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + kAhead + i), _MM_HINT_T0);
+  constexpr int64_t kFar = 12288, kNear = 1024;
+  for (int64_t i = 0; i < BYTES; i += kLine) {
+    _mm_prefetch(reinterpret_cast<const char*>(p + kFar + i), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(p + kNear + i), _MM_HINT_T0);
+  }
 }
 
 inline __m512i load64(const void* p) { return _mm512_loadu_si512(p); }

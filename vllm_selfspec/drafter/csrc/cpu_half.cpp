@@ -40,9 +40,10 @@ inline Weights widened(const at::Half* w, __mmask32 which) {
   return {_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
 }
 
-// Inputs of a row in the order in which widened() gives the weights that they belong to.
+// Inputs of a row in the order in which widened() gives the weights that they belong to, padded with zeros.
 template <typename W, typename T>
 void keep(const T* in, int64_t count, float* out) {
+  if (count % kStep != 0) std::fill_n(out + count / kStep * kStep, kStep, 0.0f);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = i % kStep;
     out[i - at + (std::is_same_v<W, at::BFloat16> ? at / 2 + at % 2 * (kStep / 2) : at)] = static_cast<float>(in[i]);
@@ -126,17 +127,18 @@ void block_sums(const W* w, const float* x, int64_t stride, int64_t count, int64
 template <typename W, typename T>
 void product(const W* w, const T* in, T* out, const T* bias, int64_t rows, int64_t outputs, int64_t k) {
   const int64_t stride = (k + kStep - 1) / kStep * kStep, part = rows > kRows ? kChunk : k;
-  std::vector<float> x(rows * stride, 0.0f);
+  const at::Tensor kept = at::empty({rows, stride}, at::kFloat);  // begins at a line
+  float* x = kept.mutable_data_ptr<float>();
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
-    for (int64_t m = 0; m < rows; ++m) keep<W>(in + m * k, k, x.data() + m * stride);
+    for (int64_t m = 0; m < rows; ++m) keep<W>(in + m * k, k, x + m * stride);
     std::vector<float> sums(kBlock * rows);
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < outputs; first += kBlock) {
       const int64_t count = std::min(kBlock, outputs - first);
       for (int64_t k0 = 0; k0 < k; k0 += part)
-        block_sums(w + first * k, x.data(), stride, count, rows, k, k0, std::min(k, k0 + part), sums.data());
+        block_sums(w + first * k, x, stride, count, rows, k, k0, std::min(k, k0 + part), sums.data());
       for (int64_t n = 0; n < count; n += 16) {
         const auto which = static_cast<__mmask16>((1u << std::min<int64_t>(16, count - n)) - 1);
         const __m512 added = bias != nullptr ? load16(bias + first + n, which) : _mm512_setzero_ps();
