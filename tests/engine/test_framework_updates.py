@@ -429,6 +429,20 @@ def test_layers_processed_off_the_cpu_are_refreshed_lazily(monkeypatch: pytest.M
         assert torch.equal(tap.state(layer).made_of, layer.weight)
 
 
+def test_weights_that_come_just_before_the_first_proposal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain copies into an engine that had started less than `IDLE_SECONDS` ago used to go unnoticed."""
+    monkeypatch.setattr(refresh, "quantize", lambda weight, precision, light: Recorded(weight))
+    model = Target()
+    model.linear = nn.Linear(64, 8, bias=False)
+    tap = WeightTap(object(), lambda layer: "int8")
+    tap.state(model.linear)
+    tap.watch(model)
+    model.linear.weight.data.normal_()
+    assert tap.refresh() == 1
+    assert torch.equal(tap.state(model.linear).made_of, model.linear.weight)
+    assert tap.refresh() == 0
+
+
 def test_one_scheduler_per_rank_wants_one_profile(tiny: Callable[..., str]) -> None:
     """TRL's colocate mode with tensor parallelism, where each rank would measure a profile of its own."""
     arguments = {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"}

@@ -57,7 +57,7 @@ class WeightTap:
         self._restore_due = False
         self._watched: list[torch.Tensor] = []
         self._fingerprint: torch.Tensor | None = None
-        self._last_proposal = time.monotonic()
+        self._last_proposal = float("-inf")  # the first one looks, however soon it comes
         WeightTap._living.add(self)
 
     @classmethod
