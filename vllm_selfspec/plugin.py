@@ -37,7 +37,7 @@ class Seam:
         why: what the wrapper adds.
         parameters: parameter names the original must have, in any order.
         wrapper: `module:function` of selfspec; called as `wrapper(original, *args, **kwargs)`.
-        needed: `module:function` that finds out by behaviour whether the original wants mending; None: always.
+        needed: `module:function` that says, true or false, whether the original wants mending here; None: always.
         since: the first minor version of vLLM with this seam; "": all that are supported.
         before: the first minor version that does without.
     """
@@ -286,7 +286,7 @@ IN_CPU_WORKERS = (
         "bfloat16 and float16 layers run at the memory's speed on CPUs that do not multiply these types",
         ("layer", "remove_weight"),
         "vllm_selfspec.compat.cpu_half_linear:dispatch",
-        needed="vllm_selfspec.drafter.cpu_kernels:half_layers_need_kernels",
+        needed="vllm_selfspec.drafter.cpu_kernels:badly_served",
     ),
     Seam(
         "vllm.v1.sample.rejection_sampler:RejectionSampler.forward",

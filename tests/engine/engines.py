@@ -27,8 +27,13 @@ from vllm_selfspec.control.policy import Controller, Decision
 from vllm_selfspec.drafter.quantize import QuantizedLinear, usable_precisions
 from vllm_selfspec.drafter.quantize_cuda import CudaLinear
 from vllm_selfspec.drafter.quantize_cuda import _tensors as tensors_of
+from vllm_selfspec.provenance import cpu_fact
 from vllm_selfspec.scheduler import SelfSpecScheduling
 
+AVX512_HALF = {"avx512f", "avx512bw", "avx512vl"}
+"""What `cpu_half.cpp` needs, as Linux calls it."""
+HALF_PRODUCTS = ["rows_linear", *(["avx512_rows_linear"] if set(cpu_fact("flags").split()) >= AVX512_HALF else [])]
+"""The operators for a model's own bfloat16 and float16 layers that this CPU can run."""
 BLOCK = 32
 """Tokens per KV block: the least that vLLM's CPU attention takes."""
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from engines import AVX512_HALF, HALF_PRODUCTS
 
 from vllm_selfspec.compat import cpu_half_linear
 from vllm_selfspec.drafter import cpu_kernels
@@ -34,12 +35,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(scope="module", autouse=True)
 def library() -> None:
     cpu_kernels.load()
-
-
-AVX512_HALF = {"avx512f", "avx512bw", "avx512vl"}
-HALF_PRODUCTS = ["rows_linear"]
-if set(cpu_fact("flags").split()) >= AVX512_HALF:
-    HALF_PRODUCTS.append("avx512_rows_linear")
 
 
 def weight_of(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.Tensor:

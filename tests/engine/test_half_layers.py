@@ -7,27 +7,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from engines import engine, greedy, random_prompt, runner_of
+from engines import HALF_PRODUCTS, engine, greedy, random_prompt, runner_of
 from vllm import LLM, SamplingParams
 from vllm.model_executor.layers import utils
 
 from vllm_selfspec.compat import cpu_half_linear
 from vllm_selfspec.drafter.cpu_kernels import own_kernels
-from vllm_selfspec.provenance import cpu_fact
 
 pytestmark = pytest.mark.skipif(not own_kernels(), reason="no kernels of the package for this CPU")
 
-PRODUCTS = ["rows_linear", *(["avx512_rows_linear"] if "avx512bw" in cpu_fact("flags").split() else [])]
 ROUNDING = 0.1
 """Of the log-probabilities of tiny models by bfloat16; the two models' own differ by more than one."""
 PROMPTS = [random_prompt(20 + 9 * number, 70 + number) for number in range(3)]
 
 
-@pytest.fixture(params=PRODUCTS)
+@pytest.fixture(params=HALF_PRODUCTS)
 def mended(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The mend, by one of the products."""
     dispatch = functools.partial(cpu_half_linear.dispatch, utils.dispatch_cpu_unquantized_gemm)
@@ -66,10 +63,10 @@ def test_the_model_is_the_same_and_follows_its_weights(mended: str, dtype: str, 
         with engine(model) as llm:  # float32, vLLM's own products
             expected[model] = prompt_logprobs(llm)
     assert (expected[first] - expected[second]).abs().max() > 1
-    arguments: dict[str, Any] = {"dtype": dtype, "disable_log_stats": False}
-    with engine(second, {"num_speculative_tokens": 3, "control": {"mode": "fixed"}}, **arguments) as llm:
+    fixed = {"num_speculative_tokens": 3, "control": {"mode": "fixed"}}
+    with engine(second, fixed, dtype=dtype) as llm:
         wanted = answers(llm)
-    with engine(first, {"num_speculative_tokens": 3, "control": {"mode": "fixed"}}, **arguments) as llm:
+    with engine(first, fixed, dtype=dtype) as llm:
         layer = runner_of(llm).model.model.layers[0].mlp.down_proj
         assert layer.cpu_linear is cpu_half_linear.linear_by(mended) and layer.weight.numel()
         assert (prompt_logprobs(llm) - expected[first]).abs().max() < ROUNDING

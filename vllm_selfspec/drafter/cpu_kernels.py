@@ -91,11 +91,6 @@ def badly_served() -> frozenset[torch.dtype]:
     return frozenset(dtype for dtype, flag in needed.items() if flag not in flags)
 
 
-def half_layers_need_kernels() -> bool:
-    """True where vLLM's products are slow for a type that models come in."""
-    return bool(badly_served())
-
-
 def half_product() -> Literal["rows_linear", "avx512_rows_linear"]:
     """The operator for such layers."""
     return "avx512_rows_linear" if hasattr(torch.ops.selfspec_cpu, "avx512_rows_linear") else "rows_linear"

@@ -110,6 +110,7 @@ void block_sums(const W* w, const float* x, int64_t stride, int64_t count, int64
         const int64_t size = std::min(kChunk, k - c);
         std::array<const W*, kOut> outputs;  // the last one again where there are no more
         for (int64_t i = 0; i < kOut; ++i) outputs[i] = w + std::min(n + i, count - 1) * k + c;
+        // the tile after the next, or, where all rows pass over these weights, the chunk after this one in shares
         Ahead ahead{reinterpret_cast<const char*>(w + (n + 2 * kOut) * k + kOut * c), kLine, kOut * kLine};
         if (passes > 1) {
           const W* next = c + kChunk < k ? w + n * k + c + kChunk : w + (n + kBlock) * k;
