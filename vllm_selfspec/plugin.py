@@ -283,7 +283,7 @@ IN_CPU_WORKERS = (
     ),
     Seam(
         "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
-        "bfloat16 and float16 layers run at the memory's speed on CPUs that do not multiply these types",
+        "bfloat16 and float16 layers run at the memory's speed on CPUs without AMX",
         ("layer", "remove_weight"),
         "vllm_selfspec.compat.cpu_half_linear:dispatch",
         needed="vllm_selfspec.drafter.cpu_kernels:badly_served",

@@ -130,6 +130,22 @@ def test_rows_do_not_depend_on_each_other() -> None:
             assert torch.equal(apply(x[:count]), alone[:count]), (apply, count)
 
 
+@pytest.mark.parametrize("shape", [(100, 160), (5, 64)])
+def test_threads_do_not_matter(shape: tuple[int, int]) -> None:
+    """Threads share the outputs out: each is computed, and in the same way, however many there are."""
+    weight, x = weight_of(shape), rows_of(9, shape[1], torch.bfloat16)
+    halves = [functools.partial(getattr(torch.ops.selfspec_cpu, name), weight=weight.half()) for name in HALF_PRODUCTS]
+    threads, got = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7, 40):
+            torch.set_num_threads(count)
+            got.append([apply(x, bias=None) for apply in (*halves, *(kind(weight).apply for kind in KINDS))])
+    finally:
+        torch.set_num_threads(threads)
+    for others in got[1:]:
+        assert all(map(torch.equal, others, got[0]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_refresh_keeps_the_buffers(kind: type[RowsLinear]) -> None:
     linear, fresh = kind(weight_of((64, 128))), weight_of((64, 128)) * 3 + 0.1
@@ -317,8 +333,9 @@ def test_the_models_layers_compile(product: str) -> None:
         ("AVX2", {"avx2"}, "avx2", {torch.bfloat16, torch.float16}),
         ("AVX512", {"avx2", *AVX512_HALF}, "avx2", {torch.bfloat16, torch.float16}),  # Skylake
         ("AVX512", cpu_kernels.AVX512_FLAGS, "avx512", {torch.bfloat16, torch.float16}),  # Ice Lake
-        ("AVX512", {*cpu_kernels.AVX512_FLAGS, "avx512_bf16"}, "avx512", {torch.float16}),  # Zen 4
-        ("AVX512", {*cpu_kernels.AVX512_FLAGS, "avx512_bf16", "avx512_fp16"}, "avx512", set()),  # Sapphire Rapids
+        ("AVX512", cpu_kernels.AVX512_FLAGS | {"avx512_bf16"}, "avx512", {torch.bfloat16, torch.float16}),  # Zen 4
+        ("AVX2", cpu_kernels.AVX512_FLAGS | {"avx512_bf16"}, "avx2", {torch.float16}),  # Zen 4, torch held at AVX2
+        ("AVX512", cpu_kernels.AVX512_FLAGS | {"avx512_bf16", "avx512_fp16", "amx_bf16"}, "avx512", set()),  # with AMX
     ],
 )
 def test_the_kernels_of_a_cpu(

@@ -1,8 +1,9 @@
-"""bfloat16 and float16 layers run far below the memory's speed on x86 CPUs that do not multiply them in vLLM 0.32.
+"""bfloat16 and float16 layers run below the memory's speed on x86 CPUs without AMX in vLLM 0.32.
 
 Symptom: each further row of a batch costs more than half of what the first did, or all of it, so that verifying four
 tokens takes three to four steps' time and drafts hardly pay. For bfloat16 without AVX-512 and for float16 there is the
 warning "Failed to create oneDNN linear, fallback to torch linear".
+With AVX512_BF16 (Zen 4 and later) one row takes twice as long as reading the weights.
 Cause: oneDNN's matrix products of these types want AVX512_BF16 and AVX512_FP16. With AVX-512 alone it emulates
 bfloat16; otherwise it has none, and torch's fallback widens the weights anew for each row.
 Mend: such layers compute with `rows_linear` of `drafter/csrc/cpu_rows.cpp`, or with AVX-512 `avx512_rows_linear` of

@@ -2,9 +2,10 @@
 
 On a CPU without AVX-512 oneDNN has no bfloat16 or float16 product and a very slow int8 one, and what vLLM falls back to
 takes nearly three times as long for four rows as for one (`cpu_rows.cpp`). Where AVX-512 comes without AVX512_BF16,
-oneDNN emulates bfloat16, and four rows take four times as long as one (`cpu_half.cpp`). With it the model's own layers
-are well served, but ATen's int4 product takes one and a half times as long as reading the weights for one row and ten
-times as long for sixteen (`cpu_avx512.cpp`, for VNNI, also uses AMX). `docs/cost.md` has the times.
+oneDNN emulates bfloat16, and four rows take four times as long as one; with it and without AMX, oneDNN takes a fifth to
+a third longer than `cpu_half.cpp` up to sixteen rows. With AMX the model's own layers are well served, but ATen's int4
+product takes one and a half times as long as reading the weights for one row and ten times as long for sixteen
+(`cpu_avx512.cpp`, for VNNI, also uses AMX). `docs/cost.md` has the times.
 The library is built once per machine, with the compiler that torch.compile needs on CPU anyway.
 """
 
@@ -82,11 +83,12 @@ def own_kernels() -> Literal["", "avx2", "avx512"]:
 def badly_served() -> frozenset[torch.dtype]:
     """Those of bfloat16 and float16 whose layers in the model itself are better served by these kernels than by vLLM's.
 
-    oneDNN wants AVX512_BF16 (or AMX) and AVX512_FP16 for them.
+    oneDNN wants AVX512_BF16 and AVX512_FP16 for them, and for bfloat16 it is the faster one with AMX only.
     """
-    if not own_kernels():
+    kind = own_kernels()
+    if not kind:
         return frozenset()
-    needed = {torch.bfloat16: "avx512_bf16", torch.float16: "avx512_fp16"}
+    needed = {torch.bfloat16: "amx_bf16" if kind == "avx512" else "avx512_bf16", torch.float16: "avx512_fp16"}
     flags = cpu_fact("flags").split()
     return frozenset(dtype for dtype, flag in needed.items() if flag not in flags)
 

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <immintrin.h>
+#include <omp.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -32,6 +33,13 @@ inline void with_count(int64_t count, F f) {
   if constexpr (MOST > 1)
     if (count < MOST) return with_count<MOST - 1>(count, f);
   f.template operator()<MOST>();
+}
+
+// Outputs of a block, a multiple of `multiple` as is `most`: so many that threads have equally many blocks.
+inline int64_t even_blocks(int64_t outputs, int64_t most, int64_t multiple) {
+  const auto parts = [](int64_t whole, int64_t size) { return std::max<int64_t>(1, (whole + size - 1) / size); };
+  const int64_t threads = omp_get_max_threads(), rounds = parts(outputs, threads * most);
+  return parts(parts(outputs, threads * rounds), multiple) * multiple;
 }
 
 // --- eight values at a time ------------------------------------------------------------------------------------------

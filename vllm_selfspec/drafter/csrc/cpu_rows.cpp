@@ -166,12 +166,11 @@ inline void int4_tile(const uint8_t* w, const at::BFloat16* scale_and_min, const
 // `wide`. Outputs are split among threads; all rows are run over a tile's weights before the next tile's.
 template <typename Tile>
 void tiles(int64_t outputs, int64_t rows, Tile tile) {
-  constexpr int64_t kBlock = 32;
-  const int64_t blocks = (outputs + kBlock - 1) / kBlock;
+  const int64_t block = even_blocks(outputs, 33, 3);
 #pragma omp parallel for schedule(static)
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t end = std::min(outputs, (block + 1) * kBlock);
-    for (int64_t n = block * kBlock; n < end;) {
+  for (int64_t first = 0; first < outputs; first += block) {
+    const int64_t end = std::min(outputs, first + block);
+    for (int64_t n = first; n < end;) {
       const bool wide = n + 3 <= end;
       Pass pass{0, passes_over(rows)};
       for (int64_t m = 0; m < rows; ++pass.index) {
@@ -232,7 +231,7 @@ void rows_block(const W* w, const float* x, int64_t count, int64_t rows, int64_t
           // the tile behind this one, or, where all rows pass over these weights, the chunk after this one in shares
           Ahead ahead{reinterpret_cast<const char*>(w + (n + N) * k + N * c), kLine, N * kLine};
           if (pass.count > 1) {
-            const W* next = c + kChunk < k ? w + n * k + c + kChunk : w + (n + kBlock) * k;
+            const W* next = c + kChunk < k ? w + n * k + c + kChunk : w + (n + count) * k;
             const int64_t share = kLine / pass.count;
             ahead = {reinterpret_cast<const char*>(next) + pass.index * share * (size / 32), k * kSize, share};
           }
@@ -256,7 +255,7 @@ void rows_block(const W* w, const float* x, int64_t count, int64_t rows, int64_t
 
 template <typename W>
 at::Tensor rows_linear_of(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  const int64_t outputs = weight.size(0), blocks = (outputs + kBlock - 1) / kBlock;
+  const int64_t outputs = weight.size(0), block = even_blocks(outputs, kBlock, 12);
   const W* w = weight.const_data_ptr<W>();
   return with_output(x, bias, outputs, [&](const auto* in, auto* out, const auto* b, int64_t rows, int64_t k) {
     const at::Tensor scratch = at::empty({rows, k}, x.options().dtype(at::kFloat));  // begins at a cache line
@@ -267,8 +266,8 @@ at::Tensor rows_linear_of(const at::Tensor& x, const at::Tensor& weight, const s
     {
       std::vector<float> sums(kBlock * rows);
 #pragma omp for schedule(static)
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t first = block * kBlock, count = std::min(kBlock, outputs - first);
+      for (int64_t first = 0; first < outputs; first += block) {
+        const int64_t count = std::min(block, outputs - first);
         for (int64_t k0 = 0; k0 < k; k0 += part)
           rows_block(w + first * k, wide, count, rows, k, k0, std::min(k, k0 + part), sums.data());
         for (int64_t m = 0; m < rows; ++m)
