@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SHAPES = [(64, 64), (35, 72), (100, 576), (97, 1000), (50, 2088)]
-ROWS = [1, 2, 3, 4, 5, 7, 16, 33]
+ROWS = [1, 2, 3, 4, 5, 7, 16, 33, 130]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

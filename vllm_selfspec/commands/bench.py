@@ -135,7 +135,7 @@ def bench(
 
     from vllm_selfspec.bench import results
     from vllm_selfspec.bench.peers import Choices, choose_peers
-    from vllm_selfspec.commands.rollout import _stop_signals, further_engine_args
+    from vllm_selfspec.commands.rollout import _stop_signals, further_engine_args, json_option
     from vllm_selfspec.models import resolve_model
     from vllm_selfspec.prompts import embedded_prompts, load_prompts
     from vllm_selfspec.provenance import provenance
@@ -161,9 +161,9 @@ def bench(
     choices = Choices(
         draft_model=None if draft_model is None else _resolve_draft_model(draft_model),
         draft_sample_method=draft_sample_method.value,
-        table=_json("--table", table, list),
+        table=None if table is None else json_option("--table", table, list),
         exit_layer=exit_layer,
-        drafter=_json("--drafter", drafter, dict),
+        drafter=None if drafter is None else json_option("--drafter", drafter, dict),
         synthetic_acceptance=synthetic_acceptance,
     )
     chosen = choose_peers(peers, choices)
@@ -470,18 +470,6 @@ def _numbers(option: str, text: str, kind: Any, lowest: float) -> list[Any]:
     if any(not lowest <= number < float("inf") for number in numbers) or len(set(numbers)) < len(numbers):
         raise UsageError(f"{option}: needs different numbers from {lowest:g} on, not {text}")
     return numbers
-
-
-def _json(option: str, text: str | None, kind: type) -> Any:
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{option}: not valid JSON ({error.msg} at column {error.colno}): {text}") from None
-    if not isinstance(value, kind):
-        raise UsageError(f"{option}: needs a JSON {'array' if kind is list else 'object'}, not {text}")
-    return value
 
 
 def _case_text(case: Case) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vllm_selfspec.engine_pool import EnginePool
     from vllm_selfspec.engine_process import EngineProcess
     from vllm_selfspec.results import Mode, RolloutRun, Round
+
+_Json = TypeVar("_Json", dict, list)
 
 _SAMPLES, _RUN, _PLOT, _WORKERS = "samples.jsonl", "rollout.json", "rollout.png", "workers.jsonl"
 # Engine arguments that follow from other options, or that the command needs as they are.
@@ -194,7 +196,7 @@ def build_speculative_config(
         config["num_speculative_tokens"] = num_speculative_tokens
     for name, text in (("drafter", drafter), ("control", control)):
         if text is not None:
-            config[name] = _json_object(f"--{name}", text)
+            config[name] = json_option(f"--{name}", text, dict)
     try:
         SelfSpecConfig.parse(config)
     except ConfigError as error:
@@ -213,19 +215,25 @@ def further_engine_args(text: str | None, *taken: str) -> dict[str, Any]:
     """
     if text is None:
         return {}
-    arguments = {name.replace("-", "_"): value for name, value in _json_object("--engine-args", text).items()}
+    arguments = {name.replace("-", "_"): value for name, value in json_option("--engine-args", text, dict).items()}
     if refused := sorted(arguments.keys() & _SET_ELSEWHERE.union(taken)):
         raise UsageError(f"--engine-args: {', '.join(refused)} cannot be given there, the command sets it")
     return arguments
 
 
-def _json_object(option: str, text: str) -> dict[str, Any]:
+def json_option(option: str, text: str, kind: type[_Json]) -> _Json:
+    """The JSON text of an option.
+
+    Raises:
+        UsageError: it is no JSON, or not of that kind, `dict` or `list`.
+    """
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise UsageError(f"{option}: not valid JSON ({error.msg} at column {error.colno}): {text}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{option}: needs a JSON object in braces, not {text}")
+    if not isinstance(value, kind):
+        wanted = "object in braces" if kind is dict else "array in brackets"
+        raise UsageError(f"{option}: needs a JSON {wanted}, not {text}")
     return value
 
 

@@ -83,7 +83,7 @@ struct Pairs {
   }
 };
 
-// Rows from which on oneDNN, which has pairs, too, is as fast, though it puts the weights into its own order first.
+// Rows from which on oneDNN is as fast by the same instruction, though it puts the weights into its own order first.
 constexpr int64_t kMany = 128;
 
 #endif
@@ -166,6 +166,7 @@ void block_sums(const W* w, const typename How::X* x, int64_t stride, int64_t co
   }
 }
 
+// All outputs [rows, outputs] of the rows `in`.
 template <typename How, typename W, typename T>
 void product(const W* w, const T* in, T* out, const T* bias, int64_t rows, int64_t outputs, int64_t k) {
   using X = typename How::X;
