@@ -2,7 +2,7 @@
 
 On a CPU without AVX-512 oneDNN has no bfloat16 or float16 product and a very slow int8 one, and what vLLM falls back to
 takes nearly three times as long for four rows as for one (`cpu_rows.cpp`). Where AVX-512 comes without AVX512_BF16,
-oneDNN emulates bfloat16, and four rows take four times as long as one; with it and without AMX, oneDNN takes a fifth to
+oneDNN emulates bfloat16, and four rows take four times as long as one; with it and without AMX, oneDNN takes a tenth to
 a third longer than `cpu_half.cpp` up to sixteen rows. With AMX the model's own layers are well served, but ATen's int4
 product takes one and a half times as long as reading the weights for one row and ten times as long for sixteen
 (`cpu_avx512.cpp`, for VNNI, also uses AMX). `docs/cost.md` has the times.
