@@ -134,7 +134,11 @@ def test_rows_do_not_depend_on_each_other() -> None:
 def test_threads_do_not_matter(shape: tuple[int, int]) -> None:
     """Threads share the outputs out: each is computed, and in the same way, however many there are."""
     weight, x = weight_of(shape), rows_of(9, shape[1], torch.bfloat16)
-    halves = [functools.partial(getattr(torch.ops.selfspec_cpu, name), weight=weight.half()) for name in HALF_PRODUCTS]
+    halves = [
+        functools.partial(getattr(torch.ops.selfspec_cpu, name), weight=weight.to(dtype))
+        for name in HALF_PRODUCTS
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
     threads, got = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 7, 40):

@@ -27,7 +27,7 @@ inline __m512i load32(const void* p, __mmask32 which) {
   return which == kAll ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(which, p);
 }
 
-// --- two ways to multiply kStep weights of kOut outputs with some rows' inputs, which are kept as X --------------------
+// --- two ways to multiply kStep weights of kOut outputs with some rows' inputs, which are kept as X ---
 
 // As float32, for inputs and weights of any type.
 template <typename W>

@@ -255,7 +255,7 @@ void rows_block(const W* w, const float* x, int64_t count, int64_t rows, int64_t
 
 template <typename W>
 at::Tensor rows_linear_of(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  const int64_t outputs = weight.size(0), block = even_blocks(outputs, kBlock, 12);
+  const int64_t outputs = weight.size(0), block = even_blocks(outputs, kBlock, 12);  // 2, 3 or 4 are a tile
   const W* w = weight.const_data_ptr<W>();
   return with_output(x, bias, outputs, [&](const auto* in, auto* out, const auto* b, int64_t rows, int64_t k) {
     const at::Tensor scratch = at::empty({rows, k}, x.options().dtype(at::kFloat));  // begins at a cache line
