@@ -27,6 +27,7 @@ from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 
 from vllm_selfspec.compat.cpu_sampling import RejectionScratch
 from vllm_selfspec.config import ConfigError
+from vllm_selfspec.drafter import huge_pages
 from vllm_selfspec.drafter.quantize import choose_precision
 from vllm_selfspec.drafter.refresh import WeightTap
 from vllm_selfspec.drafter.sampling import Scratch, sample_drafts
@@ -145,6 +146,12 @@ class SelfDraftProposer(DraftModelProposer):
             self._lm_head,
             self._tap.nbytes / 2**20,
         )
+        # What vLLM has packed is not among the parameters, but embeddings are.
+        weights = self._tap.nbytes + sum(weight.nbytes for weight in target_model.parameters())
+        if self.device.type == "cpu" and weights >= huge_pages.WORTH_IT:
+            huge_pages.move_to_huge_pages()
+            # What vLLM packs anew lies elsewhere. The KV cache may be much larger than the weights.
+            self._tap.restore_too(lambda: huge_pages.move_to_huge_pages(leave=self._runner.kv_caches))
 
     def validate_same_kv_cache_group(self, kv_cache_config: KVCacheConfig) -> None:
         groups = len(kv_cache_config.kv_cache_groups)

@@ -40,7 +40,7 @@ class WeightTap:
         vllm_config: the engine that this drafter belongs to.
         light: bool [1], which of the drafter's two views runs, where it has two; whoever runs it writes here.
         refreshed_layers: layers quantized again after the first time, in total.
-        refresh_seconds: the time that took, in total.
+        refresh_seconds: the time that following the target's weights took, in total.
     """
 
     _living: ClassVar[weakref.WeakSet[WeightTap]] = weakref.WeakSet()
@@ -53,7 +53,7 @@ class WeightTap:
         self._plan = plan
         self._states: weakref.WeakKeyDictionary[nn.Module, QuantizedLinear] = weakref.WeakKeyDictionary()
         self._stale: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._restores: list[Callable[[], None]] = []
+        self._restores: list[Callable[[], object]] = []
         self._restore_due = False
         self._watched: list[torch.Tensor] = []
         self._fingerprint: torch.Tensor | None = None
@@ -129,16 +129,18 @@ class WeightTap:
         self._stale.update(self._states)
         self._restore_due = True
 
-    def restore_too(self, restore: Callable[[], None]) -> None:
-        """Call `restore` at every refresh: the drafter has weights that do not come from the target."""
+    def restore_too(self, restore: Callable[[], object]) -> None:
+        """Call `restore` at every refresh: an update changes more than the weights that the tap knows."""
         self._restores.append(restore)
 
     def refresh(self) -> int:
         """Quantize the stale layers again; returns how many."""
         self._look_for_changes()
         if self._restore_due:
+            start = time.perf_counter()
             for restore in self._restores:
                 restore()
+            self.refresh_seconds += time.perf_counter() - start
             self._restore_due = False
         if not self._stale:
             return 0
@@ -195,7 +197,7 @@ def process_weights_after_loading(original: Callable[..., None], self: Any, laye
 
 
 class RefreshCost(NamedTuple):
-    """What following the target's weights has cost: layers quantized again, and the seconds that took."""
+    """What following the target's weights has cost: layers quantized again, and the seconds that all of it took."""
 
     layers: int
     seconds: float
