@@ -38,7 +38,7 @@ from vllm_selfspec.control.cost_model import Component, CostModel, Point, Profil
 from vllm_selfspec.control.policy import StepObservation
 from vllm_selfspec.drafter.cpu_kernels import library_in_use
 from vllm_selfspec.models import cache_dir
-from vllm_selfspec.provenance import cpu_fact
+from vllm_selfspec.provenance import cpu_fact, huge_page_setting
 from vllm_selfspec.scheduler import Dictate
 
 logger = init_logger("vllm.selfspec")
@@ -97,6 +97,8 @@ def profile_identity(config: VllmConfig, settings: SelfSpecConfig) -> ProfileIde
     model, parallel = config.model_config, config.parallel_config
     if current_platform.is_cpu():
         hardware = f"{cpu_fact('model name')} x{torch.get_num_threads()}"
+        if huge_pages := huge_page_setting():
+            hardware += f", huge pages: {huge_pages}"
     else:
         hardware = f"{current_platform.get_device_name()} x{parallel.tensor_parallel_size}"
     eager = " eager" if model.enforce_eager else ""

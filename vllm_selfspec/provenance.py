@@ -63,8 +63,18 @@ def _hardware() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": _gpus(),
+        "transparent_hugepage": huge_page_setting(),
     }
     return hardware
+
+
+def huge_page_setting() -> str:
+    """To whom Linux gives huge pages: "always", "madvise" (to those that ask) or "never"; "" where it has none."""
+    try:
+        choices = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return ""
+    return choices.partition("[")[2].partition("]")[0]
 
 
 def cpu_fact(name: str) -> str:

@@ -13,7 +13,6 @@ import ctypes
 import errno
 import mmap
 import os
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,9 +21,10 @@ import numpy as np
 import torch
 from vllm.logger import init_logger
 
+from vllm_selfspec.provenance import huge_page_setting
+
 logger = init_logger("vllm.selfspec")
 
-SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _ADVISE, _COLLAPSE = 14, 25  # MADV_HUGEPAGE, MADV_COLLAPSE (Linux 6.1), of Linux's asm-generic/mman-common.h
 _PRESENT, _EXCLUSIVE = np.uint64(1 << 63), np.uint64(1 << 56)  # of a page, in pagemap: Linux's admin-guide/mm/pagemap
 
@@ -33,14 +33,6 @@ WORTH_IT = 32 << 20
 
 _REFUSALS = 16
 """After so many blocks that cannot be moved, no more are tried."""
-
-
-def available() -> bool:
-    """True where the system gives huge pages to a program that asks."""
-    try:
-        return sys.platform == "linux" and "[never]" not in (SETTINGS / "enabled").read_text()
-    except OSError:
-        return False
 
 
 def move_to_huge_pages(leave: Iterable[torch.Tensor] = ()) -> int:
@@ -55,13 +47,13 @@ def move_to_huge_pages(leave: Iterable[torch.Tensor] = ()) -> int:
     Returns:
         Bytes that lie in huge pages now, of those that were considered.
     """
-    if not available():
+    if huge_page_setting() not in ("always", "madvise"):
         return 0
     start = time.perf_counter()
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.malloc_trim(0)  # what loading has freed goes back first
-    size = int((SETTINGS / "hpage_pmd_size").read_text())
+    size = int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
     moved = asked = refused = 0
     try:
         for address in _filled_blocks(size, [_span(tensor) for tensor in leave]):
