@@ -69,6 +69,14 @@ def test_openmp_is_preloaded_or_the_export_is_told(monkeypatch: pytest.MonkeyPat
     assert "intel-openmp" in doctor.check_openmp({}).mend
 
 
+def test_huge_pages_that_are_switched_off_are_told(monkeypatch: pytest.MonkeyPatch):
+    for setting, status in [("always", "ok"), ("madvise", "ok"), ("", "ok"), ("never", "warn")]:
+        monkeypatch.setattr(doctor, "huge_page_setting", lambda setting=setting: setting)
+        check = doctor.check_huge_pages()
+        assert check.status == status
+        assert bool(check.mend) == (status == "warn")
+
+
 def test_plugin_left_out_by_the_environment(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other,another")
     check = doctor.check_plugin()

