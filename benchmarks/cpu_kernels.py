@@ -5,8 +5,8 @@
 
 Random weights of the shapes of Qwen2.5-0.5B in bfloat16; times do not depend on their values. Kernels take turns round
 by round; the figure is the least of the rounds, since other users of a shared machine only ever add time.
-`limit` is the time to read the weights at the bandwidth of summing 512 MiB. Weights lie in huge pages as in an engine with
-selfspec, or, by `--small-pages`, as vLLM alone leaves them. The last line is JSON.
+`limit` is the time to read the weights at the bandwidth of summing 512 MiB. Weights lie in huge pages as in an engine
+with selfspec, or, by `--small-pages`, as vLLM alone leaves them. The last line is JSON.
 """
 
 import argparse
