@@ -5,8 +5,7 @@
 
 Random weights of the shapes of Qwen2.5-0.5B in bfloat16; times do not depend on their values. Kernels take turns round
 by round; the figure is the least of the rounds, since other users of a shared machine only ever add time.
-`limit` is the time to read the weights at the bandwidth of summing 512 MiB. Weights lie in huge pages as in an engine
-with selfspec, or, by `--small-pages`, as vLLM alone leaves them. The last line is JSON.
+`limit` is the time to read the weights at the bandwidth of summing 512 MiB. The last line is JSON.
 """
 
 import argparse
@@ -19,7 +18,6 @@ import torch
 from vllm import _custom_ops as ops
 
 from vllm_selfspec.drafter import cpu_kernels
-from vllm_selfspec.drafter.huge_pages import move_to_huge_pages
 from vllm_selfspec.drafter.quantize import CpuInt4Linear, CpuInt8Linear, QuantizedLinear
 from vllm_selfspec.drafter.quantize_rows import Avx512Int4Linear, Avx512Int8Linear, RowsInt4Linear, RowsInt8Linear
 from vllm_selfspec.provenance import provenance
@@ -69,7 +67,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--small-pages", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
 
@@ -87,7 +84,6 @@ def main() -> None:
             print(f"{name}: not on this CPU ({str(error).splitlines()[0]})")
             continue
         built[name] = (layers, head)
-    in_huge_pages = 0 if args.small_pages else move_to_huge_pages()
     best: dict[str, dict[int, float]] = {name: {} for name in built}
     for rows in args.rows:
         inputs = [torch.randn(rows, k).bfloat16() for _, k in SHAPES]
@@ -104,7 +100,6 @@ def main() -> None:
     result = {
         "provenance": provenance(),
         "bandwidth": bandwidth,
-        "bytes_in_huge_pages": in_huge_pages,
         "limit_ms": {name: 1e3 * KERNELS[name][1] * values / bandwidth for name in built},
         "milliseconds": {name: {rows: 1e3 * value for rows, value in found.items()} for name, found in best.items()},
     }

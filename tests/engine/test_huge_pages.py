@@ -159,6 +159,15 @@ def test_no_more_is_asked_for_where_memory_is_too_fragmented(refusing: Any) -> N
     assert linux.asked == [25] * 16
 
 
+def test_memory_that_is_in_use_just_now_does_not_keep_the_rest_from_moving(refusing: Any) -> None:
+    values, _ = memory(64 * MIB)
+    values[:] = 1
+    linux = refusing(errno.EAGAIN, {25})
+    assert move_to_huge_pages() == 0
+    assert set(linux.asked) == {25}
+    assert len(linux.asked) >= 31
+
+
 def test_where_linux_gives_none_it_is_not_asked(refusing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     linux = refusing(errno.ENOMEM, {25})
     for setting in ("never", ""):

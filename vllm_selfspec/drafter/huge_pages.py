@@ -1,10 +1,10 @@
 """Weights on CPU in pages of 2 MiB, which Linux gives to those that ask.
 
 Products of few rows read every weight once per forward. In pages of 4 KiB the processor looks up a translation and
-starts reading ahead anew for each of them: the products of one draft with Qwen2.5-0.5B's int4 weights take 15 ms then,
-and 10 ms in huge pages (`docs/cost.md`). Many distributions give huge pages to no program that does not ask for them,
-and vLLM does not ask. Asking beforehand is not enough: weights are read, packed and copied by libraries with their own
-allocators, so memory is moved after that, where it is.
+starts reading ahead anew for each of them, so that a draft takes a third longer (`docs/measurements.md`). Linux gives
+larger ones to all programs, to those that ask (`madvise`), or to none, as it is set, and vLLM does not ask. Asking
+beforehand is not enough: weights are read, packed and copied by libraries with allocators of their own, so memory is
+moved when that is done, where it is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WORTH_IT = 32 << 20
 """Bytes of weights from which on moving a process's memory is worth the time: smaller ones stay in the caches."""
 
 _REFUSALS = 16
-"""After so many blocks that cannot be moved, no more are tried."""
+"""After so many blocks for which Linux has no huge page, no more are tried."""
 
 
 def move_to_huge_pages(leave: Iterable[torch.Tensor] = ()) -> int:
@@ -59,21 +59,20 @@ def move_to_huge_pages(leave: Iterable[torch.Tensor] = ()) -> int:
         for address in _filled_blocks(size, [_span(tensor) for tensor in leave]):
             if libc.madvise(address, size, _COLLAPSE) == 0:
                 moved += size
-            elif ctypes.get_errno() == errno.EINVAL and libc.madvise(address, size, _ADVISE) == 0:
-                asked += size  # an older Linux, which moves it in its own time
-            else:
-                refused += 1  # a page is in use just now, or memory is too fragmented
+                continue
+            error = ctypes.get_errno()
+            if error == errno.EINVAL:  # an older Linux, which moves it in its own time
+                asked += size if libc.madvise(address, size, _ADVISE) == 0 else 0
+            elif error != errno.EAGAIN:  # not just a page that a device holds, or someone uses at this moment
+                refused += 1
                 if refused == _REFUSALS:
                     break
     except OSError as error:  # a sandbox without Linux's /proc
         logger.info("selfspec leaves memory in small pages: %s", error)
-    logger.info(
-        "selfspec moved %d MiB to huge pages in %.1f s, asked Linux to move another %d MiB in time%s.",
-        moved >> 20,
-        time.perf_counter() - start,
-        asked >> 20,
-        "; it has no more of them" if refused == _REFUSALS else "",
-    )
+    note = "; Linux has no more of them" if refused == _REFUSALS else ""
+    if asked:
+        note += f"; {asked >> 20} MiB are left to Linux, which before version 6.1 moves them while it runs"
+    logger.info("selfspec moved %d MiB to huge pages in %.1f s%s.", moved >> 20, time.perf_counter() - start, note)
     return moved
 
 
