@@ -50,10 +50,13 @@ SHORT_CONTEXT, LONG_CONTEXT = 32, 4096
 
 
 def core_init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    """Wraps `EngineCore.__init__`: an adaptive engine gets its cost model before it takes requests."""
+    """Wraps `EngineCore.__init__`: before it takes requests, an adaptive engine gets its cost model."""
     original(self, *args, **kwargs)
     settings = getattr(self.vllm_config.speculative_config, "selfspec", None)
-    if isinstance(settings, SelfSpecConfig) and settings.control.mode == "adaptive":
+    if not isinstance(settings, SelfSpecConfig):
+        return
+    self.model_executor.collective_rpc("selfspec_use_huge_pages")  # before anything is timed
+    if settings.control.mode == "adaptive":
         light_view = all(self.model_executor.collective_rpc("selfspec_light_view"))
         model = cost_model(self, settings, light_view)
         if model is None:

@@ -333,6 +333,7 @@ IN_V2_WORKERS = (
 WORKER_METHODS = {
     "selfspec_refresh": "vllm_selfspec.drafter.refresh:selfspec_refresh",
     "selfspec_light_view": "vllm_selfspec.drafter.proposer:selfspec_light_view",
+    "selfspec_use_huge_pages": "vllm_selfspec.drafter.proposer:selfspec_use_huge_pages",
 }
 """Methods added to vLLM's worker, for `collective_rpc`."""
 

@@ -62,6 +62,13 @@ def selfspec_light_view(self: Any) -> bool:
     return isinstance(drafter, SelfDraftProposer) and drafter.model.has_light_view
 
 
+def selfspec_use_huge_pages(self: Any) -> None:
+    """Worker method, called when the engine has all its memory: its weights move to huge pages where that helps."""
+    drafter = getattr(self.model_runner, "drafter", None)
+    if isinstance(drafter, SelfDraftProposer):
+        drafter.use_huge_pages()
+
+
 def verified_draft_probs(
     original: Callable[..., torch.Tensor | None], self: Any, spec_decode_metadata: Any
 ) -> torch.Tensor | None:
@@ -146,12 +153,24 @@ class SelfDraftProposer(DraftModelProposer):
             self._lm_head,
             self._tap.nbytes / 2**20,
         )
+
+    def use_huge_pages(self) -> None:
+        """Move the weights on a CPU to huge pages, now and after every update of them.
+
+        Called once the engine has all its memory: the small pages that are freed lie scattered, which makes them slow,
+        so the KV cache should not be the next to get them.
+        """
+        if self.device.type != "cpu":
+            return
         # What vLLM has packed is not among the parameters, but embeddings are.
-        weights = self._tap.nbytes + sum(weight.nbytes for weight in target_model.parameters())
-        if self.device.type == "cpu" and weights >= huge_pages.WORTH_IT:
-            huge_pages.move_to_huge_pages()
-            # What vLLM packs anew lies elsewhere. The KV cache may be much larger than the weights.
-            self._tap.restore_too(lambda: huge_pages.move_to_huge_pages(leave=self._runner.kv_caches))
+        weights = self._tap.nbytes + sum(weight.nbytes for weight in self._runner.model.parameters())
+        if weights >= huge_pages.WORTH_IT:
+            self._move_to_huge_pages()
+            self._tap.restore_too(self._move_to_huge_pages)  # what vLLM packs anew lies elsewhere
+
+    def _move_to_huge_pages(self) -> None:
+        # The KV cache may be much larger than the weights.
+        huge_pages.move_to_huge_pages(leave=self._runner.kv_caches)
 
     def validate_same_kv_cache_group(self, kv_cache_config: KVCacheConfig) -> None:
         groups = len(kv_cache_config.kv_cache_groups)
