@@ -50,7 +50,7 @@ SHORT_CONTEXT, LONG_CONTEXT = 32, 4096
 
 
 def core_init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    """Wraps `EngineCore.__init__`: before it takes requests, an adaptive engine gets its cost model."""
+    """Wraps `EngineCore.__init__`: weights find their pages, and an adaptive engine its cost model, before requests."""
     original(self, *args, **kwargs)
     settings = getattr(self.vllm_config.speculative_config, "selfspec", None)
     if not isinstance(settings, SelfSpecConfig):

@@ -126,7 +126,7 @@ EVERYWHERE = (
     ),
     Seam(
         "vllm.v1.engine.core:EngineCore.__init__",
-        "an adaptive engine times itself, or loads its profile, before it takes requests",
+        "weights on a CPU move to huge pages; an adaptive engine times itself, or loads its profile, before requests",
         ("self", "vllm_config"),
         "vllm_selfspec.live_profile:core_init",
     ),
