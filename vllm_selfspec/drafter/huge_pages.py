@@ -1,10 +1,10 @@
 """Weights on CPU in pages of 2 MiB, which Linux gives to those that ask.
 
 Products of few rows read every weight once per forward. In pages of 4 KiB the processor looks up a translation and
-starts reading ahead anew for each of them, so that a draft takes a third longer (`docs/measurements.md`). Linux gives
-larger ones to all programs, to those that ask (`madvise`), or to none, as it is set, and vLLM does not ask. Asking
-beforehand is not enough: weights are read, packed and copied by libraries with allocators of their own, so memory is
-moved when that is done, where it is.
+starts reading ahead anew for each of them, so that a forward takes up to half as long again, the longer the more the
+pages are scattered (`docs/measurements.md`). Linux gives larger ones to all programs, to those that ask (`madvise`), or
+to none, as it is set, and vLLM does not ask. Asking beforehand is not enough: weights are read, packed and copied by
+libraries with allocators of their own, so memory is moved when that is done, where it is.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _filled_blocks(size: int, leave: Sequence[tuple[int, int]]) -> Iterator[int]
 
 
 def _anonymous_mappings() -> list[tuple[int, int]]:
-    """Where this process has memory to write to that belongs to no file and no stack."""
+    """Where this process has memory to write to that belongs to no file."""
     found = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, rights, _, _, inode, *name = line.split(maxsplit=5)
