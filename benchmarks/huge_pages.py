@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 BATCHES, DRAFT_TOKENS, TOKENS, REPETITIONS = (1, 4, 16), 3, 32, 5
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--pages", choices=("small", "huge"), help="measure one engine in this process")
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.pages is not None:
         print(json.dumps(measure(args.model, args.pages == "huge", args.enforce_eager)))
@@ -98,8 +99,7 @@ def main() -> None:
     }
     result = {"provenance": provenance(), "rounds": rounds, "small_over_huge": ratios}
     if args.out is not None:
-        with open(args.out, "w") as file:
-            file.write(json.dumps(result, indent=1) + "\n")
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 

@@ -53,9 +53,9 @@ def move_to_huge_pages(leave: Iterable[torch.Tensor] = ()) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.malloc_trim(0)  # what loading has freed goes back first
-    size = int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
     moved = asked = refused = 0
     try:
+        size = int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
         for address in _filled_blocks(size, [_span(tensor) for tensor in leave]):
             if libc.madvise(address, size, _COLLAPSE) == 0:
                 moved += size
@@ -67,7 +67,7 @@ def move_to_huge_pages(leave: Iterable[torch.Tensor] = ()) -> int:
                 refused += 1
                 if refused == _REFUSALS:
                     break
-    except OSError as error:  # a sandbox without Linux's /proc
+    except OSError as error:  # a sandbox without all of Linux's /proc and /sys
         logger.info("selfspec leaves memory in small pages: %s", error)
     note = "; Linux has no more of them" if refused == _REFUSALS else ""
     if asked:
