@@ -118,6 +118,9 @@ def load() -> None:
         if hasattr(torch.ops.selfspec_cpu, name):
             torch.library.register_fake(f"selfspec_cpu::{name}", functools.partial(_fake, outputs))
     torch.library.register_fake("selfspec_cpu::draft_attention", lambda query, *rest: query.new_empty(query.shape))
+    torch.library.register_fake(
+        "selfspec_cpu::draft_layer", lambda hidden, *rest: (torch.empty_like(hidden), torch.empty_like(hidden))
+    )
 
 
 def _fake(outputs: Callable[..., int], x: torch.Tensor, *rest: Any) -> torch.Tensor:

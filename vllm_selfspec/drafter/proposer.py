@@ -285,7 +285,7 @@ class SelfDraftProposer(DraftModelProposer):
                     upper = upper_bound[:batch_size] + step + 1
                     metadata.seq_lens_cpu_upper_bound = upper.clamp_(max=self.max_model_len)
                 slot_mapping = self._get_slot_mapping(num_rows, slots[step])
-                if step == 0 or self.model.attentions is None:
+                if step == 0 or self.model.draft_layers is None:
                     context.close()
                     context.enter_context(self._forward_context(metadata, step, slot_mapping, execution))
                 hidden = self.model(self.input_ids[:num_rows], self.positions[:num_rows])[:batch_size]
@@ -305,7 +305,7 @@ class SelfDraftProposer(DraftModelProposer):
         slot_mapping: dict[str, torch.Tensor],
         execution: tuple[CUDAGraphMode, int, torch.Tensor | None],
     ) -> Iterator[None]:
-        """What the view's forward of draft `step` finds around it; for `DraftAttentions` those of later drafts, too.
+        """What the view's forward of draft `step` finds around it; for `DraftLayers` those of later drafts, too.
 
         Args:
             execution: as of `_determine_batch_execution_and_padding`.
@@ -320,9 +320,9 @@ class SelfDraftProposer(DraftModelProposer):
             cudagraph_runtime_mode=cudagraph_mode,
             slot_mapping=slot_mapping,
         ):
-            if self.model.attentions is None:
+            if self.model.draft_layers is None:
                 yield
                 return
             builder = self.draft_attn_groups[0].get_metadata_builder()
-            with self.model.attentions.batch(per_group[0], builder, next(iter(slot_mapping.values()))):
+            with self.model.draft_layers.batch(per_group[0], builder, next(iter(slot_mapping.values()))):
                 yield

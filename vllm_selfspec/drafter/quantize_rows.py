@@ -14,32 +14,49 @@ _BLOCK = 16
 """The kernels for AVX-512 compute whole blocks of so many outputs."""
 
 
-class RowsLinear(QuantizedLinear):
-    """A weight [N, K] in a few tensors, which a refresh overwrites, and the product that reads them."""
+class OperatorLinear(QuantizedLinear):
+    """A weight [N, K] that an operator of `torch.ops.selfspec_cpu` multiplies rows with.
+
+    Attributes:
+        operator: its name.
+        tensors: its arguments between the rows and, where it cannot tell it from them, `outputs`; then comes the bias.
+        outputs: N.
+    """
+
+    operator: str
+    tensors: tuple[torch.Tensor, ...]
+    outputs: int
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self._product(x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], self.outputs)
+
+    def _product(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        result: torch.Tensor = getattr(torch.ops.selfspec_cpu, self.operator)(rows, *self.tensors, bias)
+        return result
+
+
+class RowsLinear(OperatorLinear):
+    """A weight [N, K] in a few tensors, which a refresh overwrites."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         load()
-        self._outputs = weight.shape[0]
-        self._tensors = self._room(*weight.shape)
+        self.outputs = weight.shape[0]
+        self.tensors = self._room(*weight.shape)
         self.refresh(weight)
 
     def _room(self, outputs: int, inputs: int) -> tuple[torch.Tensor, ...]:
         """The tensors of a weight [outputs, inputs], zeros."""
         raise NotImplementedError
 
-    def _product(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        raise NotImplementedError
-
-    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self._product(x.reshape(-1, x.shape[-1]), bias).reshape(*x.shape[:-1], self._outputs)
-
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class RowsInt8Linear(RowsLinear):
     """Symmetric int8 per output channel, activations quantized per token."""
+
+    operator = "int8_linear"
 
     def _room(self, outputs: int, inputs: int) -> tuple[torch.Tensor, ...]:
         """int8 [N, K padded with zeros], float32 scales [N]."""
@@ -49,15 +66,13 @@ class RowsInt8Linear(RowsLinear):
         )
 
     def refresh(self, weight: torch.Tensor) -> None:
-        torch.ops.selfspec_cpu.quantize_int8(weight, *self._tensors)
-
-    def _product(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        quantized, scale = self._tensors
-        return torch.ops.selfspec_cpu.int8_linear(rows, quantized, scale, bias)
+        torch.ops.selfspec_cpu.quantize_int8(weight, *self.tensors)
 
 
 class RowsInt4Linear(RowsLinear):
     """Asymmetric int4 in groups of 64 inputs, activations quantized to int8 per token and group."""
+
+    operator = "int4_linear"
 
     def _room(self, outputs: int, inputs: int) -> tuple[torch.Tensor, ...]:
         """uint8 [N, 32 G], a group's first 32 inputs in the low half bytes; bfloat16 scales and minima [N, G, 2]."""
@@ -68,15 +83,13 @@ class RowsInt4Linear(RowsLinear):
         )
 
     def refresh(self, weight: torch.Tensor) -> None:
-        torch.ops.selfspec_cpu.quantize_int4(weight, *self._tensors)
-
-    def _product(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        packed, scale_and_min = self._tensors
-        return torch.ops.selfspec_cpu.int4_linear(rows, packed, scale_and_min, bias)
+        torch.ops.selfspec_cpu.quantize_int4(weight, *self.tensors)
 
 
 class Avx512Int8Linear(RowsLinear):
     """The values of `RowsInt8Linear`, in the order of the kernels for AVX-512."""
+
+    operator = "avx512_int8_linear"
 
     def _room(self, outputs: int, inputs: int) -> tuple[torch.Tensor, ...]:
         """uint8 [N / 16, K / 64, 16, 16, 4], which is int8 + 128; float32 scales [N]."""
@@ -87,15 +100,13 @@ class Avx512Int8Linear(RowsLinear):
         )
 
     def refresh(self, weight: torch.Tensor) -> None:
-        torch.ops.selfspec_cpu.avx512_quantize_int8(weight, *self._tensors)
-
-    def _product(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        quantized, scale = self._tensors
-        return torch.ops.selfspec_cpu.avx512_int8_linear(rows, quantized, scale, bias)
+        torch.ops.selfspec_cpu.avx512_quantize_int8(weight, *self.tensors)
 
 
 class Avx512Int4Linear(RowsLinear):
     """The values of `RowsInt4Linear`, in the order of the kernels for AVX-512."""
+
+    operator = "avx512_int4_linear"
 
     def _room(self, outputs: int, inputs: int) -> tuple[torch.Tensor, ...]:
         """uint8 [N / 16, K / 64, 576]: 512 of half bytes, then sixteen scales and sixteen minima in bfloat16."""
@@ -104,13 +115,13 @@ class Avx512Int4Linear(RowsLinear):
         return (torch.zeros(blocks, groups, size, dtype=torch.uint8, device="cpu"),)
 
     def refresh(self, weight: torch.Tensor) -> None:
-        torch.ops.selfspec_cpu.avx512_quantize_int4(weight, *self._tensors, self._outputs)
+        torch.ops.selfspec_cpu.avx512_quantize_int4(weight, *self.tensors, self.outputs)
 
     def _product(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return torch.ops.selfspec_cpu.avx512_int4_linear(rows, *self._tensors, self._outputs, bias)
+        return torch.ops.selfspec_cpu.avx512_int4_linear(rows, *self.tensors, self.outputs, bias)
 
 
-class TwoViewsLinear(QuantizedLinear):
+class TwoViewsLinear(OperatorLinear):
     """int8 for the main view and int4 for the light one.
 
     Which one a product reads is told by a tensor, not by Python: both views are one compiled graph.
@@ -121,16 +132,13 @@ class TwoViewsLinear(QuantizedLinear):
         self._main = (Avx512Int8Linear if avx512 else RowsInt8Linear)(weight)
         self._light = (Avx512Int4Linear if avx512 else RowsInt4Linear)(weight)
         self._flag = light
-        self._tensors = (*self._main._tensors, *self._light._tensors)
-        self._product = torch.ops.selfspec_cpu.avx512_views_linear if avx512 else torch.ops.selfspec_cpu.views_linear
+        self.operator = "avx512_views_linear" if avx512 else "views_linear"
+        self.tensors = (light, *self._main.tensors, *self._light.tensors)
+        self.outputs = weight.shape[0]
 
     def refresh(self, weight: torch.Tensor) -> None:
         self._main.refresh(weight)
         self._light.refresh(weight)
-
-    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        out = self._product(x.reshape(-1, x.shape[-1]), self._flag, *self._tensors, bias)
-        return out.reshape(*x.shape[:-1], out.shape[-1])
 
     @property
     def nbytes(self) -> int:

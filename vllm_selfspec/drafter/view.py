@@ -32,7 +32,7 @@ from vllm.model_executor.models import supports_multimodal
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_selfspec.config import ConfigError, Precision
-from vllm_selfspec.drafter import cpu_attention
+from vllm_selfspec.drafter.cpu_layers import DraftLayers, usable_for
 from vllm_selfspec.drafter.exit_head import load as load_exit_head
 from vllm_selfspec.drafter.quantize import FEW_ROWS, QuantizedLinear, usable_precisions
 from vllm_selfspec.drafter.refresh import WeightTap
@@ -151,19 +151,19 @@ class DraftModel(nn.Module):
         self,
         backbone: nn.Module,
         head: nn.Module,
-        attentions: cpu_attention.DraftAttentions | None = None,
+        draft_layers: DraftLayers | None = None,
         light_runs: torch.Tensor | None = None,
     ) -> None:
         """From a stack and what makes logits.
 
         Args:
-            attentions: of the stack; None where its attention layers are the target's own.
+            draft_layers: of the stack; None where its attention layers are the target's own.
             light_runs: bool [1] that tells the weights which view runs; None where the drafter has but one.
         """
         super().__init__()
         self.backbone = backbone
         self._head = (head,)  # not registered: its parameters are the target's
-        self.attentions = attentions
+        self.draft_layers = draft_layers
         self._light_runs = light_runs
         self.light: bool | None = None
         """Which view runs, where there are two; None: the light one while it has few rows."""
@@ -207,7 +207,8 @@ def build_view(
 
     Args:
         exit_head: path of a trained head between the last of the layers and the final norm.
-        begins_batches: the caller runs the model inside `attentions.batch`, where the model comes to have `attentions`.
+        begins_batches: the caller runs the model inside `draft_layers.batch`, where the model comes to have
+            `draft_layers`.
 
     Raises:
         ConfigError: if this model class cannot be viewed.
@@ -231,19 +232,22 @@ def build_view(
         raise ConfigError("drafter.lm_head cannot be quantized a second time on this checkpoint: set it to 'native'.")
 
     shared = [m for layer in chosen for m in layer.modules() if isinstance(m, AttentionLayerBase)]
-    attentions = cpu_attention.DraftAttentions() if begins_batches and cpu_attention.usable_for(shared) else None
+    draft_layers = DraftLayers() if begins_batches and usable_for(shared) else None
 
     def replace(module: nn.Module) -> nn.Module:
         if weights != "native" and is_quantizable(module):
             clone = shallow_copy(module)
             clone.quant_method = DrafterLinearMethod(tap.state(module))
             return clone
-        if attentions is not None and isinstance(module, Attention):
-            return attentions.copy_of(module)
+        if draft_layers is not None and isinstance(module, Attention):
+            return draft_layers.attention(module)
         return module
 
     decoder = shallow_copy(inner)
-    decoder.layers = nn.ModuleList(copy_with(layer, replace) for layer in chosen)
+    viewed = [copy_with(layer, replace) for layer in chosen]
+    if draft_layers is not None and vllm_config.lora_config is None:  # adapters work on a layer's parts
+        viewed = [draft_layers.layer(layer) for layer in viewed]
+    decoder.layers = nn.ModuleList(viewed)
     if exit_head is not None:
         device = next(top.parameters()).device
         trained, restore = load_exit_head(exit_head, weights, tap.light, vllm_config.model_config.dtype, device)
@@ -258,5 +262,5 @@ def build_view(
         quantized.quant_method = DrafterLinearMethod(tap.state(logits_layer, lm_head))
         head = with_submodule(top, lm_head_path(top), quantized)
     two_views = "int4+int8" in (weights, lm_head)
-    model = DraftModel(backbone, head, attentions, tap.light if two_views else None)
+    model = DraftModel(backbone, head, draft_layers, tap.light if two_views else None)
     return model, {attention.layer_name for attention in shared}

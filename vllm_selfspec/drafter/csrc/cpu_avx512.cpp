@@ -315,40 +315,57 @@ void blocks(T* out, const T* bias, int64_t rows, int64_t outputs, const Kernel& 
   }
 }
 
-at::Tensor avx512_int8_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
+at::Tensor avx512_int8_linear(const Inputs& x, const at::Tensor& weight, const at::Tensor& scale,
                               const std::optional<at::Tensor>& bias) {
   const int64_t outputs = scale.numel(), padded = weight.size(1) * kGroup;
-  TORCH_CHECK(weight.scalar_type() == at::kByte && weight.is_contiguous() && padded >= x.size(-1) &&
+  TORCH_CHECK(weight.scalar_type() == at::kByte && weight.is_contiguous() && padded >= x.columns &&
                   weight.numel() == (outputs + kOut - 1) / kOut * kOut * padded && scale.scalar_type() == at::kFloat,
               "weight must be uint8 [N / 16, K / 64, 16, 16, 4], scale float32 [N]");
   const uint8_t* w = weight.const_data_ptr<uint8_t>();
   const float* scales = scale.const_data_ptr<float>();
-  return with_output(x, bias, outputs, [&](const auto* in, auto* out, const auto* b, int64_t rows, int64_t k) {
-    const QuantizedRows quantized(in, rows, k, padded, padded);
-    blocks(out, b, rows, outputs, Int8Kernel{w, scales, quantized});
+  const QuantizedRows quantized(x, padded, padded);
+  return with_result(x, bias, outputs, [&](auto* out, const auto* b) {
+    blocks(out, b, x.rows, outputs, Int8Kernel{w, scales, quantized});
   });
 }
 
-at::Tensor avx512_int4_linear(const at::Tensor& x, const at::Tensor& weight, int64_t outputs,
+at::Tensor avx512_int4_linear(const Inputs& x, const at::Tensor& weight, int64_t outputs,
                               const std::optional<at::Tensor>& bias) {
   const int64_t groups = weight.size(1);
-  TORCH_CHECK(weight.scalar_type() == at::kByte && weight.is_contiguous() && groups * kGroup >= x.size(-1) &&
+  TORCH_CHECK(weight.scalar_type() == at::kByte && weight.is_contiguous() && groups * kGroup >= x.columns &&
                   weight.size(0) == (outputs + kOut - 1) / kOut && weight.size(2) == kInt4Bytes,
               "weight must be uint8 [N / 16, K / 64, ", kInt4Bytes, "]");
   const uint8_t* w = weight.const_data_ptr<uint8_t>();
-  return with_output(x, bias, outputs, [&](const auto* in, auto* out, const auto* b, int64_t rows, int64_t k) {
-    const QuantizedRows quantized(in, rows, k, groups * kGroup, kGroup);
-    blocks(out, b, rows, outputs, Int4Kernel{w, quantized});
+  const QuantizedRows quantized(x, groups * kGroup, kGroup);
+  return with_result(x, bias, outputs, [&](auto* out, const auto* b) {
+    blocks(out, b, x.rows, outputs, Int4Kernel{w, quantized});
   });
 }
 
 // Both weights of a drafter with two views; `light`, one bool, tells which one is applied.
-at::Tensor avx512_views_linear(const at::Tensor& x, const at::Tensor& light, const at::Tensor& weight8,
+at::Tensor avx512_views_linear(const Inputs& x, const at::Tensor& light, const at::Tensor& weight8,
                                const at::Tensor& scale, const at::Tensor& weight4,
                                const std::optional<at::Tensor>& bias) {
   return *light.const_data_ptr<bool>() ? avx512_int4_linear(x, weight4, scale.numel(), bias)
                                        : avx512_int8_linear(x, weight8, scale, bias);
 }
+
+using Tensors = std::vector<at::Tensor>;
+using Bias = std::optional<at::Tensor>;
+
+const bool kRegistered = [] {
+  auto& products = selfspec::products();
+  products["avx512_int8_linear"] = [](const Inputs& x, const Tensors& w, int64_t, const Bias& b) {
+    return avx512_int8_linear(x, w.at(0), w.at(1), b);
+  };
+  products["avx512_int4_linear"] = [](const Inputs& x, const Tensors& w, int64_t outputs, const Bias& b) {
+    return avx512_int4_linear(x, w.at(0), outputs, b);
+  };
+  products["avx512_views_linear"] = [](const Inputs& x, const Tensors& w, int64_t, const Bias& b) {
+    return avx512_views_linear(x, w.at(0), w.at(1), w.at(2), w.at(3), b);
+  };
+  return true;
+}();
 
 // --- quantizing weights ----------------------------------------------------------------------------------------------
 
@@ -429,9 +446,9 @@ TORCH_LIBRARY_FRAGMENT(selfspec_cpu, library) {
 }
 
 TORCH_LIBRARY_IMPL(selfspec_cpu, CPU, library) {
-  library.impl("avx512_int8_linear", avx512_int8_linear);
-  library.impl("avx512_int4_linear", avx512_int4_linear);
-  library.impl("avx512_views_linear", avx512_views_linear);
+  library.impl("avx512_int8_linear", Operator<avx512_int8_linear>::call);
+  library.impl("avx512_int4_linear", Operator<avx512_int4_linear>::call);
+  library.impl("avx512_views_linear", Operator<avx512_views_linear>::call);
   library.impl("avx512_quantize_int8", avx512_quantize_int8);
   library.impl("avx512_quantize_int4", avx512_quantize_int4);
 }

@@ -14,6 +14,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu_products.h"
+
 namespace {
 
 constexpr int64_t kGroup = 64;
@@ -53,6 +55,24 @@ inline __m256 load8(const at::BFloat16* p) {
 
 inline __m256 load8(const at::Half* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 
+inline void store8(float* p, __m256 v) { _mm256_storeu_ps(p, v); }
+
+inline void store8(at::Half* p, __m256 v) {
+  const __m128i half = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+}
+
+inline void store8(at::BFloat16* p, __m256 v) {  // halves are rounded to even
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i half = _mm256_add_epi32(_mm256_set1_epi32(0x7FFF), odd);
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+  const __m256i no_number = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i value = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC0), no_number);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+
 inline float sum8(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -73,6 +93,21 @@ inline float max8(__m256 v) {
   return *std::max_element(each, each + 8);
 }
 
+// e^x for x <= 0: a power of two times a Taylor series around zero, which is exact to float32 on ±ln(2)/2. 0 below -87.
+inline __m256 exp8(__m256 x) {
+  const __m256 power = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
+                                       _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // ln(2) in two parts, the first of which is exact in a product with the power
+  __m256 r = _mm256_fnmadd_ps(power, _mm256_set1_ps(0.693359375f), x);
+  r = _mm256_fnmadd_ps(power, _mm256_set1_ps(-2.12194440e-4f), r);
+  __m256 series = _mm256_set1_ps(1.0f / 5040);
+  for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    series = _mm256_fmadd_ps(series, r, _mm256_set1_ps(term));
+  const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(power), _mm256_set1_epi32(127)), 23);
+  const __m256 in_range = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_GE_OQ);
+  return _mm256_and_ps(_mm256_mul_ps(series, _mm256_castsi256_ps(exponent)), in_range);
+}
+
 // Four times eight int32 as 32 bytes. Packing works on halves of a vector: the permutation puts the bytes in order.
 inline __m256i bytes32(const __m256i q[4]) {
   const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
@@ -81,9 +116,13 @@ inline __m256i bytes32(const __m256i q[4]) {
 
 // --- activations -----------------------------------------------------------------------------------------------------
 
+using selfspec::Inputs;
+
 template <typename T>
 void widen(const T* in, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(in[i]);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(out + i, load8(in + i));
+  for (; i < count; ++i) out[i] = static_cast<float>(in[i]);
 }
 
 // Rows quantized to int8 in groups of `group` inputs, padded with zeros to a multiple of kGroup.
@@ -94,20 +133,19 @@ struct QuantizedRows {
   std::vector<int32_t> totals; // [M, groups] of the int8 values
   std::vector<float> sums;     // [M, groups] of what they stand for
 
-  template <typename T>
-  QuantizedRows(const T* x, int64_t rows, int64_t columns, int64_t padded_columns, int64_t group)
+  QuantizedRows(const Inputs& x, int64_t padded_columns, int64_t group)
       : padded(padded_columns),
         groups(padded_columns / group),
-        values(rows * padded_columns, 0),
-        scales(rows * groups),
-        totals(rows * groups),
-        sums(rows * groups) {
-#pragma omp parallel if (rows > 1)
+        values(x.rows * padded_columns, 0),
+        scales(x.rows * groups),
+        totals(x.rows * groups),
+        sums(x.rows * groups) {
+#pragma omp parallel if (x.rows > 1)
     {
       std::vector<float> wide(padded_columns, 0.0f);
 #pragma omp for schedule(static)
-      for (int64_t m = 0; m < rows; ++m) {
-        widen(x + m * columns, wide.data(), columns);
+      for (int64_t m = 0; m < x.rows; ++m) {
+        x.fill(m, wide.data());
         for (int64_t g = 0; g < groups; ++g) quantize(wide.data() + g * group, group, m, g);
       }
     }
@@ -139,8 +177,8 @@ struct QuantizedRows {
 
 // Calls f with the C++ type of a tensor's values.
 template <typename F>
-void for_type(const at::Tensor& tensor, F f) {
-  switch (tensor.scalar_type()) {
+void for_type(at::ScalarType type, F f) {
+  switch (type) {
     case at::kFloat: f.template operator()<float>(); break;
     case at::kBFloat16: f.template operator()<at::BFloat16>(); break;
     case at::kHalf: f.template operator()<at::Half>(); break;
@@ -149,19 +187,57 @@ void for_type(const at::Tensor& tensor, F f) {
 }
 
 template <typename F>
-at::Tensor with_output(const at::Tensor& input, const std::optional<at::Tensor>& bias, int64_t outputs, F f) {
-  TORCH_CHECK(input.dim() == 2, "x must be [M, K]");
-  const at::Tensor x = input.contiguous();
-  at::Tensor out = at::empty({x.size(0), outputs}, x.options());
-  if (bias.has_value())
-    TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->numel() == outputs && bias->is_contiguous(),
-                "bias must be [N] of x's dtype");
+void for_type(const at::Tensor& tensor, F f) {
+  for_type(tensor.scalar_type(), f);
+}
+
+// The rows of a tensor, which must be there while they are used.
+inline Inputs inputs_of(const at::Tensor& x) {
+  Inputs inputs{x.size(0), x.size(1), x.scalar_type(), {}};
   for_type(x, [&]<typename T>() {
-    const T* b = bias.has_value() ? bias->const_data_ptr<T>() : nullptr;
-    f(x.const_data_ptr<T>(), out.mutable_data_ptr<T>(), b, x.size(0), x.size(1));
+    inputs.fill = [in = x.const_data_ptr<T>(), k = x.size(1)](int64_t m, float* out) { widen(in + m * k, out, k); };
+  });
+  return inputs;
+}
+
+// f(out, bias) writes a product's result [M, N].
+template <typename F>
+at::Tensor with_result(const Inputs& x, const std::optional<at::Tensor>& bias, int64_t outputs, F f) {
+  at::Tensor out = at::empty({x.rows, outputs}, at::TensorOptions(x.type));
+  if (bias.has_value())
+    TORCH_CHECK(bias->scalar_type() == x.type && bias->numel() == outputs && bias->is_contiguous(),
+                "bias must be [N] of x's dtype");
+  for_type(x.type, [&]<typename T>() {
+    f(out.mutable_data_ptr<T>(), bias.has_value() ? bias->const_data_ptr<T>() : nullptr);
   });
   return out;
 }
+
+inline at::Tensor matrix(const at::Tensor& x) {
+  TORCH_CHECK(x.dim() == 2, "x must be [M, K]");
+  return x.contiguous();
+}
+
+// f(x, out, bias, M, K) writes it from a tensor.
+template <typename F>
+at::Tensor with_output(const at::Tensor& input, const std::optional<at::Tensor>& bias, int64_t outputs, F f) {
+  const at::Tensor x = matrix(input);
+  const int64_t rows = x.size(0), k = x.size(1);
+  return with_result({rows, k, x.scalar_type(), {}}, bias, outputs,
+                     [&]<typename T>(T* out, const T* b) { f(x.const_data_ptr<T>(), out, b, rows, k); });
+}
+
+// A product as the operator that takes its rows from a tensor.
+template <auto PRODUCT>
+struct Operator;
+
+template <typename... Args, at::Tensor (*PRODUCT)(const Inputs&, Args...)>
+struct Operator<PRODUCT> {
+  static at::Tensor call(const at::Tensor& input, Args... args) {
+    const at::Tensor x = matrix(input);
+    return PRODUCT(inputs_of(x), args...);
+  }
+};
 
 // --- quantizing weights ----------------------------------------------------------------------------------------------
 

@@ -287,17 +287,17 @@ at::Tensor rows_linear(const at::Tensor& x, const at::Tensor& weight, const std:
   return rows_linear_of<at::BFloat16>(x, weight, bias);
 }
 
-at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale,
+at::Tensor int8_linear(const Inputs& x, const at::Tensor& weight, const at::Tensor& scale,
                        const std::optional<at::Tensor>& bias) {
   const int64_t outputs = weight.size(0), padded = weight.size(1);
   TORCH_CHECK(weight.scalar_type() == at::kChar && weight.is_contiguous() && padded % kGroup == 0 &&
-                  padded >= x.size(-1) && scale.scalar_type() == at::kFloat && scale.numel() == outputs,
+                  padded >= x.columns && scale.scalar_type() == at::kFloat && scale.numel() == outputs,
               "weight must be int8 [N, K padded to a multiple of 64], scale float32 [N]");
   const int8_t* w = weight.const_data_ptr<int8_t>();
   const float* w_scale = scale.const_data_ptr<float>();
-  return with_output(x, bias, outputs, [&](const auto* in, auto* out, const auto* b, int64_t rows, int64_t k) {
-    const QuantizedRows quantized(in, rows, k, padded, padded);
-    tiles(outputs, rows, [&](int64_t n, int64_t m, bool wide_tile, int64_t step, Pass pass) {
+  const QuantizedRows quantized(x, padded, padded);
+  return with_result(x, bias, outputs, [&](auto* out, const auto* b) {
+    tiles(outputs, x.rows, [&](int64_t n, int64_t m, bool wide_tile, int64_t step, Pass pass) {
       dispatch_tile(wide_tile, step, [&]<int OUT, int ROWS>() {
         float sums[OUT][ROWS];
         int8_tile<OUT, ROWS>(w + n * padded, quantized.values.data() + m * padded, padded, pass, sums);
@@ -307,18 +307,18 @@ at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& weight, const at::
   });
 }
 
-at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale_and_min,
+at::Tensor int4_linear(const Inputs& x, const at::Tensor& weight, const at::Tensor& scale_and_min,
                        const std::optional<at::Tensor>& bias) {
   const int64_t outputs = weight.size(0), groups = scale_and_min.size(1);
   TORCH_CHECK(weight.scalar_type() == at::kByte && weight.is_contiguous() && weight.size(1) == groups * kGroup / 2 &&
-                  groups * kGroup >= x.size(-1) && scale_and_min.scalar_type() == at::kBFloat16 &&
+                  groups * kGroup >= x.columns && scale_and_min.scalar_type() == at::kBFloat16 &&
                   scale_and_min.is_contiguous() && scale_and_min.numel() == 2 * outputs * groups,
               "weight must be uint8 [N, 32 G], scale_and_min bfloat16 [N, G, 2]");
   const uint8_t* w = weight.const_data_ptr<uint8_t>();
   const at::BFloat16* pairs = scale_and_min.const_data_ptr<at::BFloat16>();
-  return with_output(x, bias, outputs, [&](const auto* in, auto* out, const auto* b, int64_t rows, int64_t k) {
-    const QuantizedRows quantized(in, rows, k, groups * kGroup, kGroup);
-    tiles(outputs, rows, [&](int64_t n, int64_t m, bool wide_tile, int64_t step, Pass) {
+  const QuantizedRows quantized(x, groups * kGroup, kGroup);
+  return with_result(x, bias, outputs, [&](auto* out, const auto* b) {
+    tiles(outputs, x.rows, [&](int64_t n, int64_t m, bool wide_tile, int64_t step, Pass) {
       dispatch_tile(wide_tile, step, [&]<int OUT, int ROWS>() {
         for (int i = 0; i < OUT; ++i) {
           float sums[1][ROWS];
@@ -333,12 +333,29 @@ at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& weight, const at::
 }
 
 // Both weights of a drafter with two views; `light`, one bool, tells which one is applied.
-at::Tensor views_linear(const at::Tensor& x, const at::Tensor& light, const at::Tensor& weight8, const at::Tensor& scale,
+at::Tensor views_linear(const Inputs& x, const at::Tensor& light, const at::Tensor& weight8, const at::Tensor& scale,
                         const at::Tensor& weight4, const at::Tensor& scale_and_min,
                         const std::optional<at::Tensor>& bias) {
   return *light.const_data_ptr<bool>() ? int4_linear(x, weight4, scale_and_min, bias)
                                        : int8_linear(x, weight8, scale, bias);
 }
+
+using Tensors = std::vector<at::Tensor>;
+using Bias = std::optional<at::Tensor>;
+
+const bool kRegistered = [] {
+  auto& products = selfspec::products();
+  products["int8_linear"] = [](const Inputs& x, const Tensors& w, int64_t, const Bias& b) {
+    return int8_linear(x, w.at(0), w.at(1), b);
+  };
+  products["int4_linear"] = [](const Inputs& x, const Tensors& w, int64_t, const Bias& b) {
+    return int4_linear(x, w.at(0), w.at(1), b);
+  };
+  products["views_linear"] = [](const Inputs& x, const Tensors& w, int64_t, const Bias& b) {
+    return views_linear(x, w.at(0), w.at(1), w.at(2), w.at(3), w.at(4), b);
+  };
+  return true;
+}();
 
 // --- quantizing weights ----------------------------------------------------------------------------------------------
 
@@ -396,9 +413,9 @@ TORCH_LIBRARY(selfspec_cpu, library) {
 
 TORCH_LIBRARY_IMPL(selfspec_cpu, CPU, library) {
   library.impl("rows_linear", rows_linear);
-  library.impl("int8_linear", int8_linear);
-  library.impl("int4_linear", int4_linear);
-  library.impl("views_linear", views_linear);
+  library.impl("int8_linear", Operator<int8_linear>::call);
+  library.impl("int4_linear", Operator<int4_linear>::call);
+  library.impl("views_linear", Operator<views_linear>::call);
   library.impl("quantize_int8", quantize_int8);
   library.impl("quantize_int4", quantize_int4);
 }

@@ -18,21 +18,6 @@ namespace {
 
 constexpr int64_t kTokens = 512;
 
-// e^x for x <= 0: a power of two times a Taylor series around zero, which is exact to float32 on ±ln(2)/2. 0 below -87.
-inline __m256 exp8(__m256 x) {
-  const __m256 power = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
-                                       _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  // ln(2) in two parts, the first of which is exact in a product with the power
-  __m256 r = _mm256_fnmadd_ps(power, _mm256_set1_ps(0.693359375f), x);
-  r = _mm256_fnmadd_ps(power, _mm256_set1_ps(-2.12194440e-4f), r);
-  __m256 series = _mm256_set1_ps(1.0f / 5040);
-  for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-    series = _mm256_fmadd_ps(series, r, _mm256_set1_ps(term));
-  const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(power), _mm256_set1_epi32(127)), 23);
-  const __m256 in_range = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_GE_OQ);
-  return _mm256_and_ps(_mm256_mul_ps(series, _mm256_castsi256_ps(exponent)), in_range);
-}
-
 inline float exp1(float x) {
   alignas(32) float each[8];
   _mm256_store_ps(each, exp8(_mm256_set1_ps(x)));

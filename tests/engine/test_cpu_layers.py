@@ -10,7 +10,7 @@ import torch
 from engines import Job, drafter_of, drive, engine, greedy, random_lengths, random_prompt, runner_of, texts, watch
 from vllm import LLM, SamplingParams
 
-from vllm_selfspec.drafter import cpu_attention, proposer
+from vllm_selfspec.drafter import cpu_layers, proposer, view
 from vllm_selfspec.drafter.cpu_kernels import own_kernels
 
 pytestmark = pytest.mark.skipif(not own_kernels(), reason="no kernels of the package for this CPU")
@@ -59,11 +59,11 @@ def test_drafts_are_those_of_vllms_layers(
 ) -> None:
     arguments = {"max_num_batched_tokens": 64, "disable_hybrid_kv_cache_manager": True}
     with engine(tiny(family, **shape), SETTINGS | {"drafter": drafter}, **arguments) as llm:
-        assert isinstance(drafter_of(llm).model.attentions, cpu_attention.DraftAttentions)
+        assert isinstance(drafter_of(llm).model.draft_layers, cpu_layers.DraftLayers)
         by_operator = draft_logits(llm, monkeypatch)
-    monkeypatch.setattr(cpu_attention, "usable_for", lambda layers: False)
+    monkeypatch.setattr(view, "usable_for", lambda layers: False)
     with engine(tiny(family, **shape), SETTINGS | {"drafter": drafter}, **arguments) as llm:
-        assert drafter_of(llm).model.attentions is None
+        assert drafter_of(llm).model.draft_layers is None
         by_layers = draft_logits(llm, monkeypatch)
     assert len(by_operator) == len(by_layers) > 50
     assert all(map(torch.equal, by_operator, by_layers))
@@ -80,7 +80,7 @@ def test_new_caches_are_noticed(tiny: Callable[..., str]) -> None:
         runner = runner_of(llm)
         for index, cache in enumerate(runner.kv_caches):
             runner.kv_caches[index] = cache.clone()
-        for attention in drafter_of(llm).model.attentions._copies:
+        for attention in drafter_of(llm).model.draft_layers._copies:
             attention.kv_cache = next(
                 new for new in runner.kv_caches if torch.equal(new, attention.kv_cache) and new.shape
             )

@@ -1,0 +1,306 @@
+// Decoder layers of drafts on CPU: a whole layer, or its attention alone, by one operator.
+//
+// A draft is a forward of a few rows. What surrounds the products of a layer, in a graph of small operators, is a third
+// of its time there. Layers are described once and a proposal's tensors are named once: what changes from draft to
+// draft changes inside them. Attention is vLLM's own kernels.
+//
+//   Linear           a drafter's weight and the product that reads it
+//   DraftLayers      the layers of one drafter and the batch that it drafts for
+//   draft_attention  query [T, H * D], key and value [T, KH * D] of a layer: writes keys and values to the slots of the
+//                    batch, then attends; [T, H * D]
+//   draft_layer      hidden states and what is to be added to them [T, width] (absent: nothing), positions [T]: the same
+//                    pair after a layer that normalizes both its inputs, rotates queries and keys and gates its MLP
+//                    with SiLU
+//
+// Both give zeros where there is no batch, as while an engine warms up.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/custom_class.h>
+
+#include <string>
+#include <tuple>
+
+#include "cpu_common.h"
+
+namespace selfspec {
+
+std::map<std::string, Product>& products() {
+  static std::map<std::string, Product> all;
+  return all;
+}
+
+}  // namespace selfspec
+
+namespace {
+
+using c10::IValue;
+using Optional = std::optional<at::Tensor>;
+
+// What slopes, attention sinks, masks and caches of 8 bits would set.
+const IValue kNone, kOne(1.0), kAuto("auto");
+
+c10::OperatorHandle kernel(const char* name) { return c10::Dispatcher::singleton().findSchemaOrThrow(name, ""); }
+
+class Linear : public torch::CustomClassHolder {
+ public:
+  // `product` is the name of an operator, which takes `weights` between x and the bias [outputs].
+  Linear(const std::string& product, std::vector<at::Tensor> weights, int64_t outputs, Optional bias)
+      : weights_(std::move(weights)), outputs_(outputs), bias_(std::move(bias)) {
+    const auto found = selfspec::products().find(product);
+    TORCH_CHECK(found != selfspec::products().end(), "no product is called ", product);
+    product_ = found->second;
+  }
+
+  at::Tensor operator()(const Inputs& x) const { return product_(x, weights_, outputs_, bias_); }
+
+ private:
+  selfspec::Product product_;
+  const std::vector<at::Tensor> weights_;
+  const int64_t outputs_;
+  const Optional bias_;
+};
+
+// x / sqrt(mean of x^2 + epsilon) * weight
+struct Norm {
+  at::Tensor weight;
+  float epsilon;
+
+  template <typename T>
+  void apply(const float* x, int64_t count, float* out) const {
+    const T* w = weight.const_data_ptr<T>();
+    __m256 squares = _mm256_setzero_ps();
+    for (int64_t i = 0; i < count; i += 8) squares = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(x + i), squares);
+    const __m256 factor = _mm256_set1_ps(1.0f / std::sqrt(sum8(squares) / static_cast<float>(count) + epsilon));
+    for (int64_t i = 0; i < count; i += 8)
+      _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + i), factor), load8(w + i)));
+  }
+};
+
+// What surrounds a layer's attention.
+struct Block {
+  Norm before_attention, before_mlp;
+  std::optional<Norm> of_queries, of_keys;
+  at::Tensor cos_sin;  // [positions, rotary dim]: cosines, then sines
+  c10::intrusive_ptr<Linear> qkv, o, gate_up, down;
+};
+
+struct Layer {
+  at::Tensor key_cache, value_cache;  // [blocks, KH, block size, D]
+  int64_t heads, head_size;
+  IValue scale, sliding_window, softcap, isa;
+  std::optional<Block> block;
+};
+
+// Rows that are no padding, and the tensors that hold their slots, places and lengths.
+struct Batch {
+  int64_t rows;
+  IValue slot_mapping, query_start_loc, seq_lens, block_table;
+};
+
+// The rows of `hidden` plus those of `residual`, normalized; the sums themselves are left in `sums`.
+template <typename T>
+Inputs normed(const at::Tensor& hidden, const Optional& residual, const at::Tensor& sums, const Norm& norm) {
+  const int64_t width = hidden.size(1);
+  const T* x = hidden.const_data_ptr<T>();
+  const T* added = residual.has_value() ? residual->const_data_ptr<T>() : nullptr;
+  return {hidden.size(0), width, hidden.scalar_type(),
+          [x, added, out = sums.mutable_data_ptr<T>(), width, &norm](int64_t m, float* wide) {
+            const int64_t first = m * width;
+            for (int64_t i = 0; i < width; i += 8) {
+              __m256 sum = load8(x + first + i);
+              if (added != nullptr) sum = _mm256_add_ps(sum, load8(added + first + i));
+              store8(out + first + i, sum);
+              _mm256_storeu_ps(wide + i, sum);
+            }
+            norm.apply<T>(wide, width, wide);
+          }};
+}
+
+// silu(gate) * up of rows that hold the gates, then the others.
+template <typename T>
+Inputs gated(const at::Tensor& gate_up) {
+  const int64_t width = gate_up.size(1) / 2;
+  return {gate_up.size(0), width, gate_up.scalar_type(),
+          [x = gate_up.const_data_ptr<T>(), width](int64_t m, float* wide) {
+            const T *gates = x + 2 * m * width, *ups = gates + width;
+            const __m256 one = _mm256_set1_ps(1.0f), zero = _mm256_setzero_ps();
+            for (int64_t i = 0; i < width; i += 8) {
+              const __m256 gate = load8(gates + i);
+              // e^-|gate|: no overflow, and both signs of the sigmoid follow from it
+              const __m256 e = exp8(_mm256_sub_ps(zero, abs8(gate)));
+              const __m256 above = _mm256_blendv_ps(one, e, gate);
+              const __m256 sigmoid = _mm256_div_ps(above, _mm256_add_ps(one, e));
+              _mm256_storeu_ps(wide + i, _mm256_mul_ps(_mm256_mul_ps(gate, sigmoid), load8(ups + i)));
+            }
+          }};
+}
+
+// Normalizes the queries and keys in rows of queries, keys and values [T, (H + 2 KH) * D] where the layer does, then
+// rotates them: halves of a head's first values are the two parts of a complex number.
+template <typename T>
+void place_heads(const at::Tensor& qkv, const at::Tensor& positions, const Block& block, int64_t heads, int64_t head_size,
+                 int64_t kv_heads) {
+  const int64_t half = block.cos_sin.size(1) / 2, most = block.cos_sin.size(0);
+  const int64_t* position = positions.const_data_ptr<int64_t>();
+  std::vector<float> wide(head_size);
+  for (int64_t m = 0; m < qkv.size(0); ++m) {
+    TORCH_CHECK(position[m] >= 0 && position[m] < most, "position ", position[m], " of ", most);
+    const T *cosines = block.cos_sin.const_data_ptr<T>() + 2 * position[m] * half, *sines = cosines + half;
+    T* head = qkv.mutable_data_ptr<T>() + m * qkv.size(1);
+    for (int64_t h = 0; h < heads + kv_heads; ++h, head += head_size) {
+      const std::optional<Norm>& norm = h < heads ? block.of_queries : block.of_keys;
+      if (norm.has_value()) {
+        widen(head, wide.data(), head_size);
+        norm->apply<T>(wide.data(), head_size, wide.data());
+        for (int64_t i = 0; i < head_size; i += 8) store8(head + i, _mm256_loadu_ps(wide.data() + i));
+      }
+      for (int64_t i = 0; i < half; i += 8) {
+        const __m256 a = load8(head + i), b = load8(head + half + i), c = load8(cosines + i), s = load8(sines + i);
+        store8(head + i, _mm256_fmsub_ps(a, c, _mm256_mul_ps(b, s)));
+        store8(head + half + i, _mm256_fmadd_ps(b, c, _mm256_mul_ps(a, s)));
+      }
+    }
+  }
+}
+
+class DraftLayers : public torch::CustomClassHolder {
+ public:
+  // The window that all layers share (-1: none) and the most heads are what the kernel's plan of a step is made for.
+  DraftLayers(int64_t heads, int64_t window, bool split_kv) : heads_(heads), window_(window), split_kv_(split_kv) {}
+
+  ~DraftLayers() override { end(); }
+
+  // The attention of another layer, after those that are there.
+  void add(const at::Tensor& key_cache, const at::Tensor& value_cache, int64_t heads, int64_t head_size, double scale,
+           int64_t sliding_window, double softcap, const std::string& isa) {
+    layers_.push_back({key_cache, value_cache, heads, head_size, scale, sliding_window, softcap, isa, std::nullopt});
+  }
+
+  // What surrounds the attention added last. Norms [of the attention's input, of the MLP's], and, where there are any,
+  // of each query and each key, with an epsilon for each.
+  void surround(const std::vector<at::Tensor>& norms, const std::vector<double>& epsilons, const at::Tensor& cos_sin,
+                const c10::intrusive_ptr<Linear>& qkv, const c10::intrusive_ptr<Linear>& o,
+                const c10::intrusive_ptr<Linear>& gate_up, const c10::intrusive_ptr<Linear>& down) {
+    TORCH_CHECK(!layers_.empty() && norms.size() == epsilons.size() && (norms.size() == 2 || norms.size() == 4),
+                "two or four norms surround the attention of a layer");
+    const auto norm = [&](size_t i) { return Norm{norms[i], static_cast<float>(epsilons[i])}; };
+    Block block{norm(0), norm(1), std::nullopt, std::nullopt, cos_sin, qkv, o, gate_up, down};
+    if (norms.size() == 4) block.of_queries = norm(2), block.of_keys = norm(3);
+    layers_.back().block = std::move(block);
+  }
+
+  // Until end(), the operators in this thread are of these layers and this batch.
+  void begin(int64_t rows, const at::Tensor& slot_mapping, const at::Tensor& query_start_loc,
+             const at::Tensor& seq_lens, const at::Tensor& block_table) {
+    batch_ = {rows, slot_mapping, query_start_loc, seq_lens, block_table};
+    current = this;
+  }
+
+  void end() {
+    if (current == this) current = nullptr;
+    batch_ = {};
+  }
+
+  at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t index) {
+    if (index == 0) make_plan();
+    const Layer& layer = at_place(index);
+    const auto heads = [&](const at::Tensor& rows) {
+      return rows.view({rows.size(0), rows.size(1) / layer.head_size, layer.head_size});
+    };
+    stack_ = {heads(key), heads(value), layer.key_cache, layer.value_cache, batch_.slot_mapping,
+              layer.isa,  kOne,         kOne,            kAuto};
+    write_.callBoxed(stack_);
+    const at::Tensor out = at::empty({query.size(0), query.size(1)}, query.options());
+    stack_ = {heads(query).narrow(0, 0, batch_.rows), layer.key_cache, layer.value_cache,
+              heads(out).narrow(0, 0, batch_.rows), batch_.query_start_loc, batch_.seq_lens, layer.scale, true,
+              kNone, layer.sliding_window, batch_.block_table, layer.softcap, plan_, kNone, kNone, kOne,
+              kOne, kAuto};
+    attend_.callBoxed(stack_);
+    return out;
+  }
+
+  std::tuple<at::Tensor, at::Tensor> layer(const at::Tensor& input, const Optional& residual,
+                                           const at::Tensor& positions, int64_t index) {
+    const Layer& layer = at_place(index);
+    TORCH_CHECK(layer.block.has_value(), "layer ", index, " is attention alone");
+    const Block& block = *layer.block;
+    const at::Tensor hidden = matrix(input);
+    const int64_t queries = layer.heads * layer.head_size, kv_heads = layer.key_cache.size(1);
+    std::tuple<at::Tensor, at::Tensor> result;
+    for_type(hidden, [&]<typename T>() {
+      const at::Tensor between = at::empty_like(hidden), after = at::empty_like(hidden);
+      const at::Tensor qkv = (*block.qkv)(normed<T>(hidden, residual, between, block.before_attention));
+      place_heads<T>(qkv, positions, block, layer.heads, layer.head_size, kv_heads);
+      const auto parts = qkv.split_with_sizes({queries, kv_heads * layer.head_size, kv_heads * layer.head_size}, 1);
+      const at::Tensor attended = (*block.o)(inputs_of(attention(parts[0], parts[1], parts[2], index)));
+      const at::Tensor gate_up = (*block.gate_up)(normed<T>(attended, between, after, block.before_mlp));
+      result = {(*block.down)(gated<T>(gate_up)), after};
+    });
+    return result;
+  }
+
+  static thread_local DraftLayers* current;
+
+ private:
+  const Layer& at_place(int64_t index) const {
+    TORCH_CHECK(index < static_cast<int64_t>(layers_.size()), "layer ", index, " of ", layers_.size());
+    return layers_[index];
+  }
+
+  // How the kernel shares out the work of the lengths that this forward finds.
+  void make_plan() {
+    const Layer& layer = at_place(0);
+    stack_ = {batch_.rows, heads_, layer.key_cache.size(1), layer.head_size, batch_.seq_lens,
+              static_cast<int64_t>(layer.key_cache.scalar_type()), batch_.query_start_loc, true, window_, layer.isa,
+              split_kv_, kNone, kAuto};
+    plan_kernel_.callBoxed(stack_);
+    plan_ = std::move(stack_.front());
+  }
+
+  const c10::OperatorHandle plan_kernel_ = kernel("_C::get_scheduler_metadata"),
+                            write_ = kernel("_C::cpu_attn_reshape_and_cache"),
+                            attend_ = kernel("_C::cpu_attention_with_kv_cache");
+  const int64_t heads_, window_;
+  const bool split_kv_;
+  std::vector<Layer> layers_;
+  Batch batch_{};
+  IValue plan_;
+  torch::jit::Stack stack_;  // kept for its memory
+};
+
+thread_local DraftLayers* DraftLayers::current = nullptr;
+
+at::Tensor draft_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t place) {
+  if (DraftLayers::current == nullptr) return at::zeros({query.size(0), query.size(1)}, query.options());
+  return DraftLayers::current->attention(query, key, value, place);
+}
+
+std::tuple<at::Tensor, at::Tensor> draft_layer(const at::Tensor& hidden, const Optional& residual,
+                                               const at::Tensor& positions, int64_t place) {
+  if (DraftLayers::current == nullptr) return {at::zeros_like(hidden), at::zeros_like(hidden)};
+  return DraftLayers::current->layer(hidden, residual, positions, place);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(selfspec_cpu, library) {
+  library.class_<Linear>("Linear").def(
+      torch::init<const std::string&, std::vector<at::Tensor>, int64_t, std::optional<at::Tensor>>());
+  library.class_<DraftLayers>("DraftLayers")
+      .def(torch::init<int64_t, int64_t, bool>())
+      .def("add", &DraftLayers::add)
+      .def("surround", &DraftLayers::surround)
+      .def("begin", &DraftLayers::begin)
+      .def("end", &DraftLayers::end);
+  library.def("draft_attention(Tensor query, Tensor key, Tensor value, int place) -> Tensor");
+  library.def(
+      "draft_layer(Tensor hidden, Tensor? residual, Tensor positions, int place) -> (Tensor hidden, Tensor residual)");
+}
+
+TORCH_LIBRARY_IMPL(selfspec_cpu, CPU, library) {
+  library.impl("draft_attention", draft_attention);
+  library.impl("draft_layer", draft_layer);
+}
