@@ -303,5 +303,5 @@ def addresses(state: QuantizedLinear) -> list[int]:
     """Where the buffers of a drafter's int8 weight lie."""
     if isinstance(state, CudaLinear):
         return [tensor.data_ptr() for tensor in tensors_of(state._layer).values()]
-    tensors = getattr(state, "_tensors", None) or (state._handler.handler_tensor,)
+    tensors = getattr(state, "tensors", None) or (state._handler.handler_tensor,)
     return [tensor.data_ptr() for tensor in tensors]

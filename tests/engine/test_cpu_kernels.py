@@ -75,7 +75,7 @@ def int8_values(weight: torch.Tensor) -> torch.Tensor:
 
 def int4_values(weight: torch.Tensor) -> torch.Tensor:
     """What the weight is quantized to, as its packed tensors say."""
-    packed, scale_and_min = RowsInt4Linear(weight)._tensors
+    packed, scale_and_min = RowsInt4Linear(weight).tensors
     halves = packed.unflatten(1, (-1, 32))
     scale, low = scale_and_min.float().unbind(-1)
     values = torch.cat((halves & 15, halves >> 4), dim=-1) * scale[..., None] + low[..., None]
@@ -153,10 +153,10 @@ def test_threads_do_not_matter(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_refresh_keeps_the_buffers(kind: type[RowsLinear]) -> None:
     linear, fresh = kind(weight_of((64, 128))), weight_of((64, 128)) * 3 + 0.1
-    places = [tensor.data_ptr() for tensor in linear._tensors]
+    places = [tensor.data_ptr() for tensor in linear.tensors]
     linear.refresh(fresh)
     x = rows_of(3, 128, torch.float32)
-    assert [tensor.data_ptr() for tensor in linear._tensors] == places
+    assert [tensor.data_ptr() for tensor in linear.tensors] == places
     assert torch.equal(linear.apply(x, None), kind(fresh).apply(x, None))
 
 
@@ -169,13 +169,13 @@ def test_weights_are_quantized_to_the_bit(shape: tuple[int, int], dtype: torch.d
     weight[4, :8] = torch.tensor([1.0, -1.0, 0.5, -0.5, 127.0, -127.0, 1.5, 2.5])
     wide = weight.float()
 
-    values, scale = RowsInt8Linear(weight)._tensors
+    values, scale = RowsInt8Linear(weight).tensors
     expected = (wide.abs().amax(dim=1) / 127).clamp(min=1e-12)
     assert torch.equal(scale, expected)
     assert torch.equal(values[:, : shape[1]], (wide / expected[:, None]).round().to(torch.int8))
     assert not values[:, shape[1] :].any()
 
-    packed, scale_and_min = RowsInt4Linear(weight)._tensors
+    packed, scale_and_min = RowsInt4Linear(weight).tensors
     groups = torch.nn.functional.pad(wide, (0, -shape[1] % 64)).unflatten(1, (-1, 64))
     scale, low = scale_and_min.float().unsqueeze(-1).unbind(-2)
     expected = ((groups - low) / scale).round().clamp(0, 15).to(torch.uint8)
@@ -197,7 +197,7 @@ def test_int4_fits_its_groups(shape: tuple[int, int]) -> None:
     groups = torch.nn.functional.pad(weight, (0, -shape[1] % 64)).unflatten(1, (-1, 64))
     low, high = groups.aminmax(dim=-1, keepdim=True)
     between = int4_error(groups, ((high - low) / 15).clamp(min=1e-8), low)
-    scale, low = RowsInt4Linear(weight)._tensors[1].float().unsqueeze(-1).unbind(-2)
+    scale, low = RowsInt4Linear(weight).tensors[1].float().unsqueeze(-1).unbind(-2)
     own = int4_error(groups, scale, low)
     assert (own <= between * 1.0001 + 1e-12).all()
     assert own.sum() < 0.95 * between.sum()
@@ -214,14 +214,14 @@ def test_int4_fits_its_groups(shape: tuple[int, int]) -> None:
 def test_avx512_weights_are_the_same_in_another_order(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = weight_of(shape, dtype)
     outputs, blocks = shape[0], -(-shape[0] // 16)
-    values, scale = RowsInt8Linear(weight)._tensors
-    stream, other_scale = Avx512Int8Linear(weight)._tensors
+    values, scale = RowsInt8Linear(weight).tensors
+    stream, other_scale = Avx512Int8Linear(weight).tensors
     assert torch.equal(scale, other_scale)
     unpacked = (stream.permute(0, 3, 1, 2, 4).reshape(16 * blocks, -1).int() - 128).to(torch.int8)
     assert torch.equal(unpacked[:outputs], values) and not unpacked[outputs:].any()
 
-    packed, scale_and_min = RowsInt4Linear(weight)._tensors
-    (stream,) = Avx512Int4Linear(weight)._tensors
+    packed, scale_and_min = RowsInt4Linear(weight).tensors
+    (stream,) = Avx512Int4Linear(weight).tensors
     quads = stream[:, :, :512].reshape(blocks, -1, 8, 16, 4).permute(0, 3, 1, 2, 4)
     assert torch.equal(quads.reshape(16 * blocks, -1)[:outputs], packed)
     pairs = stream[:, :, 512:].contiguous().view(torch.bfloat16).unflatten(2, (2, 16)).permute(0, 3, 1, 2)

@@ -1,8 +1,10 @@
-"""The drafter's attention operator on CPU computes what vLLM's layers compute, to the bit."""
+"""The drafter's operators on CPU compute what vLLM's layers compute: attention to the bit, whole layers to rounding."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from engines import Job, drafter_of, drive, engine, greedy, random_lengths, random_prompt, runner_of, texts, watch
 from vllm import LLM, SamplingParams
 
-from vllm_selfspec.drafter import cpu_layers, proposer, view
+from vllm_selfspec.drafter import cpu_layers, proposer, quantize, view
 from vllm_selfspec.drafter.cpu_kernels import own_kernels
 
 pytestmark = pytest.mark.skipif(not own_kernels(), reason="no kernels of the package for this CPU")
@@ -58,6 +60,7 @@ def test_drafts_are_those_of_vllms_layers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     arguments = {"max_num_batched_tokens": 64, "disable_hybrid_kv_cache_manager": True}
+    monkeypatch.setattr(cpu_layers, "is_one_operator", lambda layer: False)
     with engine(tiny(family, **shape), SETTINGS | {"drafter": drafter}, **arguments) as llm:
         assert isinstance(drafter_of(llm).model.draft_layers, cpu_layers.DraftLayers)
         by_operator = draft_logits(llm, monkeypatch)
@@ -67,6 +70,119 @@ def test_drafts_are_those_of_vllms_layers(
         by_layers = draft_logits(llm, monkeypatch)
     assert len(by_operator) == len(by_layers) > 50
     assert all(map(torch.equal, by_operator, by_layers))
+
+
+def differences(llm: LLM, steps: list[bool] | None = None) -> list[float]:
+    """For each draft of a workload, how far its hidden states are from those of the modules that the operator replaces.
+
+    Relative to their size. Both run over the same batch and the same KV cache.
+
+    Args:
+        steps: whether the light view runs, for each draft in turn; the drafter's own choice by default.
+    """
+    model = drafter_of(llm).model
+    decoder, whole = model.backbone.decoder, model.forward
+    seen: list[float] = []
+
+    def compared(input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        model._choose_view(len(input_ids))
+        hidden, residual = decoder.embed_tokens(input_ids), None
+        for part in decoder.layers:
+            for layer in part.layers if isinstance(part, cpu_layers.DraftStack) else [part]:
+                hidden, residual = layer(positions, hidden, residual)
+        expected = decoder.norm(hidden, residual)[0]
+        result = whole(input_ids, positions)
+        seen.append(float((result - expected).norm() / expected.norm()))
+        return result
+
+    model.forward = compared
+    watch(llm, random_lengths(2, 5), light=None if steps is None else iter(steps).__next__)
+    drive(llm, JOBS)
+    del model.forward
+    return seen
+
+
+def assert_close(seen: list[float], dtype: str) -> None:
+    """Most differences are of the type's rounding, more where that pushes a value past the middle of two integers."""
+    assert len(seen) > 50
+    middle, most = (1e-6, 2e-2) if dtype == "float32" else (4e-2, 8e-2)
+    assert statistics.median(seen) < middle
+    assert max(seen) < most
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "shape", "drafter"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}, {"weights": "int4+int8"}),
+        ("llama", {"intermediate_size": 200, "num_key_value_heads": 1}, {"weights": "int8", "skip_layers": [1]}),
+        ("qwen2", {"max_position_embeddings": 512}, {"weights": "int4", "exit_layer": 3}),
+        ("qwen3", {}, {"weights": "int8"}),
+        ("mistral", {"sliding_window": WINDOW}, {"weights": "int4+int8"}),
+        ("phi3", {}, {"weights": "int8"}),
+    ],
+)
+def test_layers_compute_what_their_modules_do(
+    family: str, shape: dict[str, Any], drafter: dict[str, Any], dtype: str, tiny: Callable[..., str]
+) -> None:
+    with engine(tiny(family, **shape), SETTINGS | {"drafter": drafter}, dtype=dtype) as llm:
+        stack = drafter_of(llm).model.backbone.decoder.layers
+        assert [type(part) for part in stack] == [cpu_layers.DraftStack]
+        light = [i % 2 == 0 for i in range(1000)] if drafter["weights"] == "int4+int8" else None
+        seen = differences(llm, light)
+    assert_close(seen, dtype)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "int4+int8"])
+def test_layers_by_the_kernels_for_avx2(
+    weights: str, tiny: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "own_kernels", lambda: "avx2")
+    with engine(tiny(), SETTINGS | {"drafter": {"weights": weights, "lm_head": weights}}) as llm:
+        stack = drafter_of(llm).model.backbone.decoder.layers[0]
+        assert not stack.layers[0].mlp.down_proj.quant_method.state.operator.startswith("avx512")
+        assert_close(differences(llm), "float32")
+
+
+def test_layers_of_another_kind_stay_modules(tiny: Callable[..., str]) -> None:
+    """Gemma 2 norms what its layers give, too, and weights at the model's precision are for its own products."""
+    settings = SETTINGS | {"drafter": {"weights": "int8"}}
+    with engine(tiny("gemma2"), settings, disable_hybrid_kv_cache_manager=True) as llm:
+        assert not any(isinstance(m, cpu_layers.DraftStack) for m in drafter_of(llm).model.modules())
+    with engine(tiny(), settings | {"drafter": {"weights": "native", "exit_layer": 2}}) as llm:
+        assert not any(isinstance(m, cpu_layers.DraftStack) for m in drafter_of(llm).model.modules())
+
+
+def test_layers_are_put_together_up_to_one_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [True, True, False, True]
+
+    class Layer(torch.nn.Module):
+        def __init__(self, place: int) -> None:
+            super().__init__()
+            self.self_attn = torch.nn.Module()
+            self.self_attn.attn = SimpleNamespace(place=place)
+
+    layers = [Layer(place) for place in range(4)]
+    monkeypatch.setattr(cpu_layers, "is_one_operator", lambda layer: kinds[layer.self_attn.attn.place])
+    monkeypatch.setattr(cpu_layers.Parts, "of", lambda layer: layer)
+    parts = cpu_layers.DraftLayers().stack(layers)
+    assert [list(part.layers) if isinstance(part, cpu_layers.DraftStack) else part for part in parts] == [
+        layers[:2],
+        layers[2],
+        layers[3:],
+    ]
+    assert [part.place for part in (parts[0], parts[2])] == [0, 3]
+
+
+def test_new_parameters_are_noticed(tiny: Callable[..., str]) -> None:
+    """A norm or bias that an update puts in another tensor is the one that drafts use from then on."""
+    with engine(tiny("qwen2"), SETTINGS | {"drafter": {"weights": "int8"}}) as llm:
+        assert_close(differences(llm), "float32")
+        for layer in runner_of(llm).model.model.layers:
+            for module in (layer.post_attention_layernorm, layer.self_attn.qkv_proj):
+                name = "bias" if hasattr(module, "bias") else "weight"
+                setattr(module, name, torch.nn.Parameter(torch.randn_like(getattr(module, name)), requires_grad=False))
+        assert_close(differences(llm), "float32")
 
 
 def test_new_caches_are_noticed(tiny: Callable[..., str]) -> None:

@@ -119,7 +119,7 @@ def load() -> None:
             torch.library.register_fake(f"selfspec_cpu::{name}", functools.partial(_fake, outputs))
     torch.library.register_fake("selfspec_cpu::draft_attention", lambda query, *rest: query.new_empty(query.shape))
     torch.library.register_fake(
-        "selfspec_cpu::draft_layer", lambda hidden, *rest: (torch.empty_like(hidden), torch.empty_like(hidden))
+        "selfspec_cpu::draft_layers", lambda hidden, *rest: (torch.empty_like(hidden), torch.empty_like(hidden))
     )
 
 

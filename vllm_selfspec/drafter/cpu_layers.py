@@ -8,6 +8,7 @@ and where a layer is of another kind its attention is.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from vllm_selfspec.drafter.quantize_rows import OperatorLinear
 
 _KINDS = {
     ("llama.LlamaDecoderLayer", "llama.LlamaAttention", "llama.LlamaMLP"),
-    ("mistral.MistralDecoderLayer", "mistral.MistralAttention", "mistral.MistralMLP"),
+    ("mistral.MistralDecoderLayer", "mistral.MistralAttention", "llama.LlamaMLP"),
     ("qwen2.Qwen2DecoderLayer", "qwen2.Qwen2Attention", "qwen2.Qwen2MLP"),
     ("qwen3.Qwen3DecoderLayer", "qwen3.Qwen3Attention", "qwen2.Qwen2MLP"),
 }
@@ -65,70 +66,58 @@ class DraftAttention(Attention):
         )
 
 
-class DraftLayer(nn.Module):
-    """A decoder layer of a view as one operator."""
+class DraftStack(nn.Module):
+    """Decoder layers of a view, one after the other, run by the operator."""
 
-    def __init__(self, layer: Any) -> None:
-        """From a layer of the view, which `is_one_operator`."""
+    def __init__(self, layers: list[Any]) -> None:
+        """From layers of the view whose attention layers' places follow each other."""
         super().__init__()
-        self.layer = layer
-        self.place = layer.self_attn.attn.place
+        self.layers = nn.ModuleList(layers)
+        self.place = layers[0].self_attn.attn.place
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states and residual [T, hidden_size], at positions [T]."""
-        return torch.ops.selfspec_cpu.draft_layer(hidden_states, residual, positions, self.place)
-
-    def parts(self) -> Parts:
-        """The tensors and weights that the layer has now."""
-        attention, mlp = self.layer.self_attn, self.layer.mlp
-        norms = [self.layer.input_layernorm, self.layer.post_attention_layernorm]
-        if hasattr(attention, "q_norm"):
-            norms += [attention.q_norm, attention.k_norm]
-        linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-        return Parts(
-            [norm.weight for norm in norms],
-            [norm.variance_epsilon for norm in norms],
-            attention.rotary_emb.cos_sin_cache,
-            [linear.quant_method.state for linear in linears],
-            [linear.bias for linear in linears],
-        )
+        return torch.ops.selfspec_cpu.draft_layers(hidden_states, residual, positions, self.place, len(self.layers))
 
 
 class Parts(NamedTuple):
     """What surrounds the attention of a layer.
 
     Attributes:
-        norms: weights of the norm before the attention, that before the MLP, and, if any, those of queries and of keys.
-        epsilons: of the norms.
-        cos_sin: [positions, rotary dim].
-        linears, biases: of the projections to queries, keys and values, from the attention's output, up to the gates
-            and the MLP's other values, and down from them.
+        norms: the one before the attention, that before the MLP, and, if any, those of queries and of keys.
+        rotary: the rotary embedding.
+        linears: projections to queries, keys and values, from the attention's output, up to the gates and the MLP's
+            other values, and down from them.
     """
 
-    norms: list[torch.Tensor]
-    epsilons: list[float]
-    cos_sin: torch.Tensor
-    linears: list[OperatorLinear]
-    biases: list[torch.Tensor | None]
+    norms: list[RMSNorm]
+    rotary: RotaryEmbedding
+    linears: list[Any]
 
-    def same_as(self, other: Parts) -> bool:
-        """True where all tensors are the very same ones."""
-        mine, others = (*self.norms, self.cos_sin, *self.biases), (*other.norms, other.cos_sin, *other.biases)
-        return all(map(lambda a, b: a is b, mine, others))
+    @classmethod
+    def of(cls, layer: Any) -> Parts:
+        """The parts of a layer of one of the known kinds."""
+        attention, mlp = layer.self_attn, layer.mlp
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        if hasattr(attention, "q_norm"):
+            norms += [attention.q_norm, attention.k_norm]
+        linears = [attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
+        return cls(norms, attention.rotary_emb, linears)
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        """Those that vLLM keeps, which an update might replace; the drafter's own weights are written in place."""
+        norms, biases = ([part.weight for part in self.norms], [part.bias for part in self.linears])
+        return [*norms, self.rotary.cos_sin_cache, *biases]
 
 
-def is_one_operator(layer: nn.Module) -> bool:
-    """True where `draft_layer` computes what a layer of a view computes."""
-    kinds = tuple(map(_kind, (layer, getattr(layer, "self_attn", None), getattr(layer, "mlp", None))))
-    if kinds not in _KINDS:
+def is_one_operator(layer: Any) -> bool:
+    """True where `draft_layers` computes what a layer of a view computes."""
+    if tuple(map(_kind, (layer, getattr(layer, "self_attn", None), getattr(layer, "mlp", None)))) not in _KINDS:
         return False
     attention, mlp = layer.self_attn, layer.mlp
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    norms += [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
-    rotary = attention.rotary_emb
-    linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+    norms, rotary, linears = Parts.of(layer)
     widths = (layer.hidden_size, attention.head_dim, rotary.rotary_dim // 2, mlp.down_proj.input_size)
     return (
         isinstance(attention.attn, DraftAttention)
@@ -144,7 +133,7 @@ def is_one_operator(layer: nn.Module) -> bool:
     )
 
 
-def _kind(module: nn.Module | None) -> str:
+def _kind(module: Any) -> str:
     return f"{type(module).__module__.rpartition('.')[2]}.{type(module).__qualname__}"
 
 
@@ -168,9 +157,8 @@ class DraftLayers:
 
     def __init__(self) -> None:
         self._copies: dict[Attention, DraftAttention] = {}
-        self._whole: dict[int, DraftLayer] = {}
-        self._caches: list[torch.Tensor] = []
-        self._parts: list[Parts] = []
+        self._parts: dict[int, Parts] = {}
+        self._seen: list[torch.Tensor | None] = []
         self._operator: torch.ScriptObject | None = None
 
     def attention(self, attention: Attention) -> DraftAttention:
@@ -182,13 +170,21 @@ class DraftLayers:
             self._copies[attention] = draft
         return self._copies[attention]
 
-    def layer(self, layer: nn.Module) -> nn.Module:
-        """What stands for a decoder layer of a view: one operator where that does the same, else the layer itself."""
-        if not is_one_operator(layer):
-            return layer
-        whole = DraftLayer(layer)
-        self._whole[whole.place] = whole
-        return whole
+    def stack(self, layers: Iterable[Any]) -> list[nn.Module]:
+        """What stands for the decoder layers of a view: those that the operator can run are put together."""
+        result: list[nn.Module] = []
+        run: list[Any] = []
+        for layer in layers:
+            fits = is_one_operator(layer)
+            if run and not (fits and layer.self_attn.attn.place == run[-1].self_attn.attn.place + 1):
+                result.append(DraftStack(run))
+                run = []
+            if fits:
+                run.append(layer)
+                self._parts[layer.self_attn.attn.place] = Parts.of(layer)
+            else:
+                result.append(layer)
+        return [*result, DraftStack(run)] if run else result
 
     @contextmanager
     def batch(
@@ -201,14 +197,11 @@ class DraftLayers:
             builder: made the metadata.
             slot_mapping: [T] slots for keys and values, read in each forward.
         """
-        caches = [attention.kv_cache for attention in self._copies]
-        parts = [whole.parts() for whole in self._whole.values()]
-        if (
-            self._operator is None
-            or any(new is not old for new, old in zip(caches, self._caches, strict=True))
-            or not all(map(Parts.same_as, parts, self._parts))
-        ):
-            self._operator, self._caches, self._parts = self._describe(builder), caches, parts
+        seen = [attention.kv_cache for attention in self._copies]
+        for parts in self._parts.values():
+            seen += parts.tensors()
+        if self._operator is None or any(map(operator.is_not, seen, self._seen)):
+            self._operator, self._seen = self._describe(builder), seen
         self._operator.begin(
             metadata.num_actual_tokens, slot_mapping, metadata.query_start_loc, metadata.seq_lens, metadata.block_table
         )
@@ -218,14 +211,14 @@ class DraftLayers:
             self._operator.end()
 
     def _describe(self, builder: CPUAttentionMetadataBuilder) -> torch.ScriptObject:
-        operator = torch.classes.selfspec_cpu.DraftLayers(
+        layers = torch.classes.selfspec_cpu.DraftLayers(
             builder.num_heads, builder.window_size, envs.VLLM_CPU_ATTN_SPLIT_KV
         )
         for place, attention in enumerate(self._copies):
             impl = attention.impl
             blocks, heads, block_size, _ = attention.kv_cache.shape  # each block holds keys, then values
             keys, values = attention.kv_cache.view(blocks, heads, 2 * block_size, -1).chunk(2, dim=2)
-            operator.add(
+            layers.add(
                 keys,
                 values,
                 attention.num_heads,
@@ -235,11 +228,17 @@ class DraftLayers:
                 float(impl.logits_soft_cap),
                 attention.isa,
             )
-            if place in self._whole:
-                norms, epsilons, cos_sin, linears, biases = self._whole[place].parts()
-                described = [
-                    torch.classes.selfspec_cpu.Linear(linear.operator, list(linear.tensors), linear.outputs, bias)
-                    for linear, bias in zip(linears, biases, strict=True)
-                ]
-                operator.surround(norms, epsilons, cos_sin.to(norms[0].dtype), *described)
-        return operator
+            if place in self._parts:
+                norms, rotary, linears = self._parts[place]
+                layers.surround(
+                    [norm.weight for norm in norms],
+                    [norm.variance_epsilon for norm in norms],
+                    rotary.cos_sin_cache.to(norms[0].weight.dtype),
+                    *map(_described, linears),
+                )
+        return layers
+
+
+def _described(linear: Any) -> torch.ScriptObject:
+    state: OperatorLinear = linear.quant_method.state
+    return torch.classes.selfspec_cpu.Linear(state.operator, list(state.tensors), state.outputs, linear.bias)

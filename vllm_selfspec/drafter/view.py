@@ -45,7 +45,8 @@ class DrafterLinearMethod:
         self.state = state
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self.state.apply(x, bias)
+        # On CPU vLLM keeps the bias of a small layer in float32.
+        return self.state.apply(x, None if bias is None else bias.to(x.dtype))
 
 
 def is_quantizable(module: nn.Module) -> bool:
@@ -246,7 +247,7 @@ def build_view(
     decoder = shallow_copy(inner)
     viewed = [copy_with(layer, replace) for layer in chosen]
     if draft_layers is not None and vllm_config.lora_config is None:  # adapters work on a layer's parts
-        viewed = [draft_layers.layer(layer) for layer in viewed]
+        viewed = draft_layers.stack(viewed)
     decoder.layers = nn.ModuleList(viewed)
     if exit_head is not None:
         device = next(top.parameters()).device

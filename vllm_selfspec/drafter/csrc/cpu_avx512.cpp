@@ -32,7 +32,7 @@ constexpr int64_t kInt8Bytes = kGroup * kOut, kScaleBytes = 2 * kOut * 2, kInt4B
 // way at a time, and from there for the first.
 template <int64_t BYTES>
 inline void ask_for(const uint8_t* p) {
-  constexpr int64_t kFar = 12288, kNear = 1024;
+  constexpr int64_t kFar = 4096, kNear = 1024;
   for (int64_t i = 0; i < BYTES; i += kLine) {
     _mm_prefetch(reinterpret_cast<const char*>(p + kFar + i), _MM_HINT_T1);
     _mm_prefetch(reinterpret_cast<const char*>(p + kNear + i), _MM_HINT_T0);
@@ -72,6 +72,9 @@ struct Int4Scales {
 };
 
 constexpr int64_t kPass = 8;  // rows whose sums registers hold beside the weights
+
+// Sums of one output that a pass of few rows keeps: each waits some cycles for its last product.
+constexpr int sums_of(int rows) { return rows == 1 ? 4 : rows < 4 ? 2 : 1; }
 
 constexpr int64_t kTileFrom = 4;  // rows from which on tiles are faster
 
@@ -175,25 +178,30 @@ constexpr bool kTiles = false;
 struct Int8Kernel {
   const uint8_t* weights;
   const float* scales;
-  const QuantizedRows& x;
+  QuantizedRows& x;
 
   template <int ROWS>
   void pass(int64_t block, int64_t m, __m512* result) const {
     const uint8_t* w = weights + block * kOut * x.padded;
-    __m512i acc[ROWS];
+    constexpr int kSums = sums_of(ROWS);
+    __m512i acc[kSums][ROWS];
     const int8_t* row[ROWS];
     for (int i = 0; i < ROWS; ++i) {
-      acc[i] = _mm512_setzero_si512();
+      for (auto& sums : acc) sums[i] = _mm512_setzero_si512();
       row[i] = x.values.data() + (m + i) * x.padded;
     }
     for (int64_t k = 0; k < x.padded; k += kGroup, w += kInt8Bytes) {
       ask_for<kInt8Bytes>(w);
       for (int64_t q = 0; q < kQuads; ++q) {
         const __m512i weight = load64(w + 64 * q);
-        for (int i = 0; i < ROWS; ++i) acc[i] = _mm512_dpbusd_epi32(acc[i], weight, four(row[i] + k + 4 * q));
+        auto& sums = acc[q % kSums];
+        for (int i = 0; i < ROWS; ++i) sums[i] = _mm512_dpbusd_epi32(sums[i], weight, four(row[i] + k + 4 * q));
       }
     }
-    for (int i = 0; i < ROWS; ++i) result[i] = int8_result(acc[i], x, m + i);
+    for (int i = 0; i < ROWS; ++i) {
+      for (int s = 1; s < kSums; ++s) acc[0][i] = _mm512_add_epi32(acc[0][i], acc[s][i]);
+      result[i] = int8_result(acc[0][i], x, m + i);
+    }
   }
 
 #ifdef __AMX_INT8__
@@ -218,7 +226,7 @@ struct Int8Kernel {
 
 struct Int4Kernel {
   const uint8_t* weights;
-  const QuantizedRows& x;
+  QuantizedRows& x;
 
   template <int ROWS>
   void pass(int64_t block, int64_t m, __m512* result) const {
@@ -277,11 +285,12 @@ struct Int4Kernel {
   __m512 finish(__m512 value, int64_t, __mmask16) const { return value; }
 };
 
-// All rows of all outputs by a kernel, with the bias added.
+// All rows of all outputs by a kernel, which quantizes them first, with the bias added.
 template <typename T, typename Kernel>
 void blocks(T* out, const T* bias, int64_t rows, int64_t outputs, const Kernel& kernel) {
 #pragma omp parallel
   {
+    kernel.x.run();
     __m512 result[64];
     const auto store = [&](int64_t block, int64_t m, int64_t count) {
       const int64_t n = block * kOut;
@@ -323,7 +332,7 @@ at::Tensor avx512_int8_linear(const Inputs& x, const at::Tensor& weight, const a
               "weight must be uint8 [N / 16, K / 64, 16, 16, 4], scale float32 [N]");
   const uint8_t* w = weight.const_data_ptr<uint8_t>();
   const float* scales = scale.const_data_ptr<float>();
-  const QuantizedRows quantized(x, padded, padded);
+  QuantizedRows quantized(x, padded, padded);
   return with_result(x, bias, outputs, [&](auto* out, const auto* b) {
     blocks(out, b, x.rows, outputs, Int8Kernel{w, scales, quantized});
   });
@@ -336,7 +345,7 @@ at::Tensor avx512_int4_linear(const Inputs& x, const at::Tensor& weight, int64_t
                   weight.size(0) == (outputs + kOut - 1) / kOut && weight.size(2) == kInt4Bytes,
               "weight must be uint8 [N / 16, K / 64, ", kInt4Bytes, "]");
   const uint8_t* w = weight.const_data_ptr<uint8_t>();
-  const QuantizedRows quantized(x, groups * kGroup, kGroup);
+  QuantizedRows quantized(x, groups * kGroup, kGroup);
   return with_result(x, bias, outputs, [&](auto* out, const auto* b) {
     blocks(out, b, x.rows, outputs, Int4Kernel{w, quantized});
   });

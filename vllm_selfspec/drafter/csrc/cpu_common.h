@@ -128,30 +128,57 @@ void widen(const T* in, float* out, int64_t count) {
 // Rows quantized to int8 in groups of `group` inputs, padded with zeros to a multiple of kGroup.
 struct QuantizedRows {
   int64_t padded, groups;
-  std::vector<int8_t> values;  // [M, padded]
-  std::vector<float> scales;   // [M, groups]
-  std::vector<int32_t> totals; // [M, groups] of the int8 values
-  std::vector<float> sums;     // [M, groups] of what they stand for
+  std::vector<int8_t>& values;   // [M, padded]
+  std::vector<float>& scales;    // [M, groups]
+  std::vector<int32_t>& totals;  // [M, groups] of the int8 values
+  std::vector<float>& sums;      // [M, groups] of what they stand for
 
-  QuantizedRows(const Inputs& x, int64_t padded_columns, int64_t group)
+  // Room for them, of this thread: the one before is gone.
+  QuantizedRows(const Inputs& inputs, int64_t padded_columns, int64_t group)
       : padded(padded_columns),
         groups(padded_columns / group),
-        values(x.rows * padded_columns, 0),
-        scales(x.rows * groups),
-        totals(x.rows * groups),
-        sums(x.rows * groups) {
-#pragma omp parallel if (x.rows > 1)
-    {
-      std::vector<float> wide(padded_columns, 0.0f);
+        values(Room::of_this_thread().values),
+        scales(Room::of_this_thread().scales),
+        totals(Room::of_this_thread().totals),
+        sums(Room::of_this_thread().sums),
+        inputs_(inputs),
+        group_(group) {
+    const auto at_least = [](auto& vector, int64_t size) {
+      if (static_cast<int64_t>(vector.size()) < size) vector.resize(size);
+    };
+    at_least(values, inputs.rows * padded);
+    for (auto* floats : {&scales, &sums}) at_least(*floats, inputs.rows * groups);
+    at_least(totals, inputs.rows * groups);
+  }
+
+  // Quantizes the rows; called by all threads of a parallel region, which go on when all rows are there.
+  void run() {
+    std::vector<float>& wide = Room::of_this_thread().wide;
+    if (static_cast<int64_t>(wide.size()) < padded) wide.resize(padded);
 #pragma omp for schedule(static)
-      for (int64_t m = 0; m < x.rows; ++m) {
-        x.fill(m, wide.data());
-        for (int64_t g = 0; g < groups; ++g) quantize(wide.data() + g * group, group, m, g);
-      }
+    for (int64_t m = 0; m < inputs_.rows; ++m) {
+      inputs_.fill(m, wide.data());
+      std::fill(wide.data() + inputs_.columns, wide.data() + padded, 0.0f);
+      for (int64_t g = 0; g < groups; ++g) quantize(wide.data() + g * group_, group_, m, g);
     }
   }
 
  private:
+  // Kept from product to product.
+  struct Room {
+    std::vector<int8_t> values;
+    std::vector<float> scales, sums, wide;
+    std::vector<int32_t> totals;
+
+    static Room& of_this_thread() {
+      static thread_local Room room;
+      return room;
+    }
+  };
+
+  const Inputs& inputs_;
+  const int64_t group_;
+
   // Group `g` of row `m`.
   void quantize(const float* part, int64_t group, int64_t m, int64_t g) {
     __m256 most8 = _mm256_setzero_ps();
@@ -195,7 +222,7 @@ void for_type(const at::Tensor& tensor, F f) {
 inline Inputs inputs_of(const at::Tensor& x) {
   Inputs inputs{x.size(0), x.size(1), x.scalar_type(), {}};
   for_type(x, [&]<typename T>() {
-    inputs.fill = [in = x.const_data_ptr<T>(), k = x.size(1)](int64_t m, float* out) { widen(in + m * k, out, k); };
+    inputs.fill = [in = x.const_data_ptr<T>(), k = x.size(1)](int64_t m, float* to) { widen(in + m * k, to, k); };
   });
   return inputs;
 }
@@ -203,7 +230,7 @@ inline Inputs inputs_of(const at::Tensor& x) {
 // f(out, bias) writes a product's result [M, N].
 template <typename F>
 at::Tensor with_result(const Inputs& x, const std::optional<at::Tensor>& bias, int64_t outputs, F f) {
-  at::Tensor out = at::empty({x.rows, outputs}, at::TensorOptions(x.type));
+  const at::Tensor out = x.out.defined() ? x.out : at::empty({x.rows, outputs}, at::TensorOptions(x.type));
   if (bias.has_value())
     TORCH_CHECK(bias->scalar_type() == x.type && bias->numel() == outputs && bias->is_contiguous(),
                 "bias must be [N] of x's dtype");

@@ -8,8 +8,8 @@
 //   DraftLayers      the layers of one drafter and the batch that it drafts for
 //   draft_attention  query [T, H * D], key and value [T, KH * D] of a layer: writes keys and values to the slots of the
 //                    batch, then attends; [T, H * D]
-//   draft_layer      hidden states and what is to be added to them [T, width] (absent: nothing), positions [T]: the same
-//                    pair after a layer that normalizes both its inputs, rotates queries and keys and gates its MLP
+//   draft_layers     hidden states and what is to be added to them [T, width] (absent: nothing), positions [T]: the same
+//                    pair after some layers that normalize their inputs, rotate queries and keys and gate their MLP
 //                    with SiLU
 //
 // Both give zeros where there is no batch, as while an engine warms up.
@@ -54,13 +54,32 @@ class Linear : public torch::CustomClassHolder {
     product_ = found->second;
   }
 
-  at::Tensor operator()(const Inputs& x) const { return product_(x, weights_, outputs_, bias_); }
+  at::Tensor operator()(const Inputs& x) const {
+    if (bias_.has_value() && bias_->scalar_type() != x.type)  // vLLM keeps that of a small layer in float32
+      return product_(x, weights_, outputs_, bias_->to(x.type));
+    return product_(x, weights_, outputs_, bias_);
+  }
+
+  int64_t outputs() const { return outputs_; }
 
  private:
   selfspec::Product product_;
   const std::vector<at::Tensor> weights_;
   const int64_t outputs_;
   const Optional bias_;
+};
+
+// Memory for one kind of intermediate result, used again by the next layer: to allocate it takes as long as to norm it.
+class Room {
+ public:
+  const at::Tensor& of(int64_t rows, int64_t columns, const at::Tensor& like) {
+    if (!room_.defined() || room_.size(0) != rows || room_.size(1) != columns || room_.dtype() != like.dtype())
+      room_ = at::empty({rows, columns}, like.options());
+    return room_;
+  }
+
+ private:
+  at::Tensor room_;
 };
 
 // x / sqrt(mean of x^2 + epsilon) * weight
@@ -100,28 +119,31 @@ struct Batch {
   IValue slot_mapping, query_start_loc, seq_lens, block_table;
 };
 
-// The rows of `hidden` plus those of `residual`, normalized; the sums themselves are left in `sums`.
+// The rows of `hidden` plus those of `residual`, if it is there, normalized; the sums themselves are left in `sums`,
+// which may be `residual`. The result goes to `out`.
 template <typename T>
-Inputs normed(const at::Tensor& hidden, const Optional& residual, const at::Tensor& sums, const Norm& norm) {
+Inputs normed(const at::Tensor& hidden, const at::Tensor& residual, const at::Tensor& sums, const Norm& norm,
+              const at::Tensor& out) {
   const int64_t width = hidden.size(1);
   const T* x = hidden.const_data_ptr<T>();
-  const T* added = residual.has_value() ? residual->const_data_ptr<T>() : nullptr;
+  const T* added = residual.defined() ? residual.const_data_ptr<T>() : nullptr;
   return {hidden.size(0), width, hidden.scalar_type(),
-          [x, added, out = sums.mutable_data_ptr<T>(), width, &norm](int64_t m, float* wide) {
+          [x, added, to = sums.mutable_data_ptr<T>(), width, &norm](int64_t m, float* wide) {
             const int64_t first = m * width;
             for (int64_t i = 0; i < width; i += 8) {
               __m256 sum = load8(x + first + i);
               if (added != nullptr) sum = _mm256_add_ps(sum, load8(added + first + i));
-              store8(out + first + i, sum);
+              store8(to + first + i, sum);
               _mm256_storeu_ps(wide + i, sum);
             }
             norm.apply<T>(wide, width, wide);
-          }};
+          },
+          out};
 }
 
 // silu(gate) * up of rows that hold the gates, then the others.
 template <typename T>
-Inputs gated(const at::Tensor& gate_up) {
+Inputs gated(const at::Tensor& gate_up, const at::Tensor& out) {
   const int64_t width = gate_up.size(1) / 2;
   return {gate_up.size(0), width, gate_up.scalar_type(),
           [x = gate_up.const_data_ptr<T>(), width](int64_t m, float* wide) {
@@ -135,7 +157,8 @@ Inputs gated(const at::Tensor& gate_up) {
               const __m256 sigmoid = _mm256_div_ps(above, _mm256_add_ps(one, e));
               _mm256_storeu_ps(wide + i, _mm256_mul_ps(_mm256_mul_ps(gate, sigmoid), load8(ups + i)));
             }
-          }};
+          },
+          out};
 }
 
 // Normalizes the queries and keys in rows of queries, keys and values [T, (H + 2 KH) * D] where the layer does, then
@@ -204,47 +227,92 @@ class DraftLayers : public torch::CustomClassHolder {
     batch_ = {};
   }
 
-  at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t index) {
+  // query, key and value [T, heads, D].
+  void attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& out,
+              int64_t index) {
     if (index == 0) make_plan();
     const Layer& layer = at_place(index);
-    const auto heads = [&](const at::Tensor& rows) {
-      return rows.view({rows.size(0), rows.size(1) / layer.head_size, layer.head_size});
-    };
-    stack_ = {heads(key), heads(value), layer.key_cache, layer.value_cache, batch_.slot_mapping,
-              layer.isa,  kOne,         kOne,            kAuto};
+    stack_ = {key, value, layer.key_cache, layer.value_cache, batch_.slot_mapping, layer.isa, kOne, kOne, kAuto};
     write_.callBoxed(stack_);
-    const at::Tensor out = at::empty({query.size(0), query.size(1)}, query.options());
-    stack_ = {heads(query).narrow(0, 0, batch_.rows), layer.key_cache, layer.value_cache,
-              heads(out).narrow(0, 0, batch_.rows), batch_.query_start_loc, batch_.seq_lens, layer.scale, true,
-              kNone, layer.sliding_window, batch_.block_table, layer.softcap, plan_, kNone, kNone, kOne,
+    stack_ = {query, layer.key_cache, layer.value_cache, out, batch_.query_start_loc, batch_.seq_lens, layer.scale,
+              true, kNone, layer.sliding_window, batch_.block_table, layer.softcap, plan_, kNone, kNone, kOne,
               kOne, kAuto};
     attend_.callBoxed(stack_);
+  }
+
+  at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t index) {
+    const Heads heads{at_place(index).head_size, batch_.rows};
+    const at::Tensor out = at::empty({query.size(0), query.size(1)}, query.options());
+    attend(heads.real(query), heads.all(key), heads.all(value), heads.real(out), index);
     return out;
   }
 
-  std::tuple<at::Tensor, at::Tensor> layer(const at::Tensor& input, const Optional& residual,
-                                           const at::Tensor& positions, int64_t index) {
-    const Layer& layer = at_place(index);
-    TORCH_CHECK(layer.block.has_value(), "layer ", index, " is attention alone");
-    const Block& block = *layer.block;
-    const at::Tensor hidden = matrix(input);
-    const int64_t queries = layer.heads * layer.head_size, kv_heads = layer.key_cache.size(1);
-    std::tuple<at::Tensor, at::Tensor> result;
-    for_type(hidden, [&]<typename T>() {
-      const at::Tensor between = at::empty_like(hidden), after = at::empty_like(hidden);
-      const at::Tensor qkv = (*block.qkv)(normed<T>(hidden, residual, between, block.before_attention));
-      place_heads<T>(qkv, positions, block, layer.heads, layer.head_size, kv_heads);
-      const auto parts = qkv.split_with_sizes({queries, kv_heads * layer.head_size, kv_heads * layer.head_size}, 1);
-      const at::Tensor attended = (*block.o)(inputs_of(attention(parts[0], parts[1], parts[2], index)));
-      const at::Tensor gate_up = (*block.gate_up)(normed<T>(attended, between, after, block.before_mlp));
-      result = {(*block.down)(gated<T>(gate_up)), after};
+  std::tuple<at::Tensor, at::Tensor> layers(const at::Tensor& input, const Optional& residual,
+                                            const at::Tensor& positions, int64_t first, int64_t count) {
+    const at::Tensor out = at::empty_like(input), sums = at::empty_like(input);
+    at::Tensor hidden = matrix(input), added = residual.has_value() ? matrix(*residual) : at::Tensor();
+    for_type(input, [&]<typename T>() {
+      for (int64_t index = first; index < first + count; ++index) {
+        layer<T>(hidden, added, positions, index, out, sums);
+        hidden = out;
+        added = sums;
+      }
     });
-    return result;
+    return {out, sums};
   }
 
   static thread_local DraftLayers* current;
 
  private:
+  // Rows of some heads, one after the other, as [T, heads, D].
+  struct Heads {
+    int64_t size, rows;
+
+    at::Tensor all(const at::Tensor& x) const { return x.view({x.size(0), x.size(1) / size, size}); }
+
+    at::Tensor real(const at::Tensor& x) const { return all(x).narrow(0, 0, rows); }  // without padding
+  };
+
+  // Of queries, keys and values that lie side by side, the parts, and where attention writes to.
+  struct Parts {
+    at::Tensor qkv, out, query, key, value, attended;
+    int64_t head_size = 0, rows = 0;
+  };
+
+  // One layer, from `hidden` and `added` to `out` and `sums`, which may be the same tensors.
+  template <typename T>
+  void layer(const at::Tensor& hidden, const at::Tensor& added, const at::Tensor& positions, int64_t index,
+             const at::Tensor& out, const at::Tensor& sums) {
+    const Layer& layer = at_place(index);
+    TORCH_CHECK(layer.block.has_value(), "layer ", index, " is attention alone");
+    const Block& block = *layer.block;
+    const int64_t rows = hidden.size(0);
+    const auto room = [&](Room& kept, int64_t columns) -> const at::Tensor& { return kept.of(rows, columns, hidden); };
+    const at::Tensor& qkv = room(qkv_, block.qkv->outputs());
+    (*block.qkv)(normed<T>(hidden, added, sums, block.before_attention, qkv));
+    place_heads<T>(qkv, positions, block, layer.heads, layer.head_size, layer.key_cache.size(1));
+    const Parts& parts = parts_of(qkv, room(attended_, layer.heads * layer.head_size), layer);
+    attend(parts.query, parts.key, parts.value, parts.attended, index);
+    Inputs attended = inputs_of(parts.out);
+    attended.out = out;
+    (*block.o)(attended);
+    const at::Tensor& gate_up = room(gate_up_, block.gate_up->outputs());
+    (*block.gate_up)(normed<T>(out, sums, sums, block.before_mlp, gate_up));
+    (*block.down)(gated<T>(gate_up, out));
+  }
+
+  const Parts& parts_of(const at::Tensor& qkv, const at::Tensor& out, const Layer& layer) {
+    if (!parts_.qkv.is_same(qkv) || !parts_.out.is_same(out) || parts_.head_size != layer.head_size ||
+        parts_.rows != batch_.rows) {
+      const Heads heads{layer.head_size, batch_.rows};
+      const int64_t queries = layer.heads * layer.head_size, keys = layer.key_cache.size(1) * layer.head_size;
+      const auto parts = qkv.split_with_sizes({queries, keys, keys}, 1);
+      parts_ = {qkv, out, heads.real(parts[0]), heads.all(parts[1]), heads.all(parts[2]), heads.real(out),
+                layer.head_size, batch_.rows};
+    }
+    return parts_;
+  }
+
   const Layer& at_place(int64_t index) const {
     TORCH_CHECK(index < static_cast<int64_t>(layers_.size()), "layer ", index, " of ", layers_.size());
     return layers_[index];
@@ -268,6 +336,8 @@ class DraftLayers : public torch::CustomClassHolder {
   std::vector<Layer> layers_;
   Batch batch_{};
   IValue plan_;
+  Room qkv_, attended_, gate_up_;
+  Parts parts_;
   torch::jit::Stack stack_;  // kept for its memory
 };
 
@@ -278,10 +348,10 @@ at::Tensor draft_attention(const at::Tensor& query, const at::Tensor& key, const
   return DraftLayers::current->attention(query, key, value, place);
 }
 
-std::tuple<at::Tensor, at::Tensor> draft_layer(const at::Tensor& hidden, const Optional& residual,
-                                               const at::Tensor& positions, int64_t place) {
+std::tuple<at::Tensor, at::Tensor> draft_layers(const at::Tensor& hidden, const Optional& residual,
+                                                const at::Tensor& positions, int64_t first, int64_t count) {
   if (DraftLayers::current == nullptr) return {at::zeros_like(hidden), at::zeros_like(hidden)};
-  return DraftLayers::current->layer(hidden, residual, positions, place);
+  return DraftLayers::current->layers(hidden, residual, positions, first, count);
 }
 
 }  // namespace
@@ -297,10 +367,11 @@ TORCH_LIBRARY_FRAGMENT(selfspec_cpu, library) {
       .def("end", &DraftLayers::end);
   library.def("draft_attention(Tensor query, Tensor key, Tensor value, int place) -> Tensor");
   library.def(
-      "draft_layer(Tensor hidden, Tensor? residual, Tensor positions, int place) -> (Tensor hidden, Tensor residual)");
+      "draft_layers(Tensor hidden, Tensor? residual, Tensor positions, int first, int count)"
+      " -> (Tensor hidden, Tensor residual)");
 }
 
 TORCH_LIBRARY_IMPL(selfspec_cpu, CPU, library) {
   library.impl("draft_attention", draft_attention);
-  library.impl("draft_layer", draft_layer);
+  library.impl("draft_layers", draft_layers);
 }

@@ -12,11 +12,12 @@
 
 namespace selfspec {
 
-// Rows [M, K] of a product; its result is of `type`.
+// Rows [M, K] of a product.
 struct Inputs {
   int64_t rows, columns;
-  at::ScalarType type;
-  std::function<void(int64_t row, float* out)> fill;  // writes K values; called once for each row, by any thread
+  at::ScalarType type;                                // of the result
+  std::function<void(int64_t row, float* to)> fill;   // writes K values; called once for each row, by any thread
+  at::Tensor out = {};                                // where the result [M, N] goes; a new tensor where this is none
 };
 
 // A product with `weights`, the tensors that the operator of the same name takes between x and the bias.

@@ -162,24 +162,28 @@ inline void int4_tile(const uint8_t* w, const at::BFloat16* scale_and_min, const
 
 // --- tiling ----------------------------------------------------------------------------------------------------------
 
-// Calls tile(n, m, wide, ROWS, pass) so that every output of every row is computed once, three outputs at a time where
-// `wide`. Outputs are split among threads; all rows are run over a tile's weights before the next tile's.
+// Quantizes x, then calls tile(n, m, wide, ROWS, pass) so that every output of every row is computed once, three outputs
+// at a time where `wide`. Outputs are split among threads; all rows are run over a tile's weights before the next tile's.
 template <typename Tile>
-void tiles(int64_t outputs, int64_t rows, Tile tile) {
+void tiles(int64_t outputs, int64_t rows, QuantizedRows& x, Tile tile) {
   const int64_t block = even_blocks(outputs, 33, 3);
-#pragma omp parallel for schedule(static)
-  for (int64_t first = 0; first < outputs; first += block) {
-    const int64_t end = std::min(outputs, first + block);
-    for (int64_t n = first; n < end;) {
-      const bool wide = n + 3 <= end;
-      Pass pass{0, passes_over(rows)};
-      for (int64_t m = 0; m < rows; ++pass.index) {
-        const int64_t left = rows - m;
-        const int64_t step = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        tile(n, m, wide, step, pass);
-        m += step;
+#pragma omp parallel
+  {
+    x.run();
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < outputs; first += block) {
+      const int64_t end = std::min(outputs, first + block);
+      for (int64_t n = first; n < end;) {
+        const bool wide = n + 3 <= end;
+        Pass pass{0, passes_over(rows)};
+        for (int64_t m = 0; m < rows; ++pass.index) {
+          const int64_t left = rows - m;
+          const int64_t step = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+          tile(n, m, wide, step, pass);
+          m += step;
+        }
+        n += wide ? 3 : 1;
       }
-      n += wide ? 3 : 1;
     }
   }
 }
@@ -295,9 +299,9 @@ at::Tensor int8_linear(const Inputs& x, const at::Tensor& weight, const at::Tens
               "weight must be int8 [N, K padded to a multiple of 64], scale float32 [N]");
   const int8_t* w = weight.const_data_ptr<int8_t>();
   const float* w_scale = scale.const_data_ptr<float>();
-  const QuantizedRows quantized(x, padded, padded);
+  QuantizedRows quantized(x, padded, padded);
   return with_result(x, bias, outputs, [&](auto* out, const auto* b) {
-    tiles(outputs, x.rows, [&](int64_t n, int64_t m, bool wide_tile, int64_t step, Pass pass) {
+    tiles(outputs, x.rows, quantized, [&](int64_t n, int64_t m, bool wide_tile, int64_t step, Pass pass) {
       dispatch_tile(wide_tile, step, [&]<int OUT, int ROWS>() {
         float sums[OUT][ROWS];
         int8_tile<OUT, ROWS>(w + n * padded, quantized.values.data() + m * padded, padded, pass, sums);
@@ -316,9 +320,9 @@ at::Tensor int4_linear(const Inputs& x, const at::Tensor& weight, const at::Tens
               "weight must be uint8 [N, 32 G], scale_and_min bfloat16 [N, G, 2]");
   const uint8_t* w = weight.const_data_ptr<uint8_t>();
   const at::BFloat16* pairs = scale_and_min.const_data_ptr<at::BFloat16>();
-  const QuantizedRows quantized(x, groups * kGroup, kGroup);
+  QuantizedRows quantized(x, groups * kGroup, kGroup);
   return with_result(x, bias, outputs, [&](auto* out, const auto* b) {
-    tiles(outputs, x.rows, [&](int64_t n, int64_t m, bool wide_tile, int64_t step, Pass) {
+    tiles(outputs, x.rows, quantized, [&](int64_t n, int64_t m, bool wide_tile, int64_t step, Pass) {
       dispatch_tile(wide_tile, step, [&]<int OUT, int ROWS>() {
         for (int i = 0; i < OUT; ++i) {
           float sums[1][ROWS];
