@@ -36,7 +36,7 @@ _KINDS = {
     ("qwen2.Qwen2DecoderLayer", "qwen2.Qwen2Attention", "qwen2.Qwen2MLP"),
     ("qwen3.Qwen3DecoderLayer", "qwen3.Qwen3Attention", "qwen2.Qwen2MLP"),
 }
-"""Layers of vLLM's models, their attention and their MLP, that compute what `draft_layer` does."""
+"""Layers of vLLM's models, their attention and their MLP, that compute what `draft_layers` does."""
 
 _LANES = 8
 """The operator works on so many values at a time."""
@@ -134,7 +134,7 @@ def is_one_operator(layer: Any) -> bool:
 
 
 def _kind(module: Any) -> str:
-    return f"{type(module).__module__.rpartition('.')[2]}.{type(module).__qualname__}"
+    return f"{type(module).__module__}.{type(module).__qualname__}".removeprefix("vllm.model_executor.models.")
 
 
 def usable_for(layers: Iterable[nn.Module]) -> bool:
