@@ -1,4 +1,4 @@
-// Decoder layers of drafts on CPU: a whole layer, or its attention alone, by one operator.
+// Decoder layers of drafts on CPU: all that follow each other, or the attention of one, by one operator.
 //
 // A draft is a forward of a few rows. What surrounds the products of a layer, in a graph of small operators, is a third
 // of its time there. Layers are described once and a proposal's tensors are named once: what changes from draft to
@@ -91,7 +91,10 @@ struct Norm {
   void apply(const float* x, int64_t count, float* out) const {
     const T* w = weight.const_data_ptr<T>();
     __m256 squares = _mm256_setzero_ps();
-    for (int64_t i = 0; i < count; i += 8) squares = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(x + i), squares);
+    for (int64_t i = 0; i < count; i += 8) {
+      const __m256 value = _mm256_loadu_ps(x + i);
+      squares = _mm256_fmadd_ps(value, value, squares);
+    }
     const __m256 factor = _mm256_set1_ps(1.0f / std::sqrt(sum8(squares) / static_cast<float>(count) + epsilon));
     for (int64_t i = 0; i < count; i += 8)
       _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(x + i), factor), load8(w + i)));
@@ -164,8 +167,8 @@ Inputs gated(const at::Tensor& gate_up, const at::Tensor& out) {
 // Normalizes the queries and keys in rows of queries, keys and values [T, (H + 2 KH) * D] where the layer does, then
 // rotates them: halves of a head's first values are the two parts of a complex number.
 template <typename T>
-void place_heads(const at::Tensor& qkv, const at::Tensor& positions, const Block& block, int64_t heads, int64_t head_size,
-                 int64_t kv_heads) {
+void place_heads(const at::Tensor& qkv, const at::Tensor& positions, const Block& block, int64_t heads,
+                 int64_t head_size, int64_t kv_heads) {
   const int64_t half = block.cos_sin.size(1) / 2, most = block.cos_sin.size(0);
   const int64_t* position = positions.const_data_ptr<int64_t>();
   std::vector<float> wide(head_size);
@@ -212,6 +215,8 @@ class DraftLayers : public torch::CustomClassHolder {
     const auto norm = [&](size_t i) { return Norm{norms[i], static_cast<float>(epsilons[i])}; };
     Block block{norm(0), norm(1), std::nullopt, std::nullopt, cos_sin, qkv, o, gate_up, down};
     if (norms.size() == 4) block.of_queries = norm(2), block.of_keys = norm(3);
+    for (const at::Tensor& tensor : norms)
+      TORCH_CHECK(tensor.scalar_type() == cos_sin.scalar_type(), "norms, sines and cosines must be of one dtype");
     layers_.back().block = std::move(block);
   }
 
@@ -249,8 +254,8 @@ class DraftLayers : public torch::CustomClassHolder {
 
   std::tuple<at::Tensor, at::Tensor> layers(const at::Tensor& input, const Optional& residual,
                                             const at::Tensor& positions, int64_t first, int64_t count) {
-    const at::Tensor out = at::empty_like(input), sums = at::empty_like(input);
     at::Tensor hidden = matrix(input), added = residual.has_value() ? matrix(*residual) : at::Tensor();
+    const at::Tensor out = at::empty_like(hidden), sums = at::empty_like(hidden);
     for_type(input, [&]<typename T>() {
       for (int64_t index = first; index < first + count; ++index) {
         layer<T>(hidden, added, positions, index, out, sums);
@@ -274,7 +279,7 @@ class DraftLayers : public torch::CustomClassHolder {
   };
 
   // Of queries, keys and values that lie side by side, the parts, and where attention writes to.
-  struct Parts {
+  struct Split {
     at::Tensor qkv, out, query, key, value, attended;
     int64_t head_size = 0, rows = 0;
   };
@@ -286,12 +291,15 @@ class DraftLayers : public torch::CustomClassHolder {
     const Layer& layer = at_place(index);
     TORCH_CHECK(layer.block.has_value(), "layer ", index, " is attention alone");
     const Block& block = *layer.block;
+    const at::Tensor& weight = block.before_mlp.weight;
+    TORCH_CHECK(hidden.dtype() == weight.dtype() && hidden.size(1) == weight.numel(), "hidden states do not fit layer ",
+                index);
     const int64_t rows = hidden.size(0);
     const auto room = [&](Room& kept, int64_t columns) -> const at::Tensor& { return kept.of(rows, columns, hidden); };
     const at::Tensor& qkv = room(qkv_, block.qkv->outputs());
     (*block.qkv)(normed<T>(hidden, added, sums, block.before_attention, qkv));
     place_heads<T>(qkv, positions, block, layer.heads, layer.head_size, layer.key_cache.size(1));
-    const Parts& parts = parts_of(qkv, room(attended_, layer.heads * layer.head_size), layer);
+    const Split& parts = split(qkv, room(attended_, layer.heads * layer.head_size), layer);
     attend(parts.query, parts.key, parts.value, parts.attended, index);
     Inputs attended = inputs_of(parts.out);
     attended.out = out;
@@ -301,16 +309,16 @@ class DraftLayers : public torch::CustomClassHolder {
     (*block.down)(gated<T>(gate_up, out));
   }
 
-  const Parts& parts_of(const at::Tensor& qkv, const at::Tensor& out, const Layer& layer) {
-    if (!parts_.qkv.is_same(qkv) || !parts_.out.is_same(out) || parts_.head_size != layer.head_size ||
-        parts_.rows != batch_.rows) {
+  const Split& split(const at::Tensor& qkv, const at::Tensor& out, const Layer& layer) {
+    if (!split_.qkv.is_same(qkv) || !split_.out.is_same(out) || split_.head_size != layer.head_size ||
+        split_.rows != batch_.rows) {
       const Heads heads{layer.head_size, batch_.rows};
       const int64_t queries = layer.heads * layer.head_size, keys = layer.key_cache.size(1) * layer.head_size;
       const auto parts = qkv.split_with_sizes({queries, keys, keys}, 1);
-      parts_ = {qkv, out, heads.real(parts[0]), heads.all(parts[1]), heads.all(parts[2]), heads.real(out),
+      split_ = {qkv, out, heads.real(parts[0]), heads.all(parts[1]), heads.all(parts[2]), heads.real(out),
                 layer.head_size, batch_.rows};
     }
-    return parts_;
+    return split_;
   }
 
   const Layer& at_place(int64_t index) const {
@@ -337,7 +345,7 @@ class DraftLayers : public torch::CustomClassHolder {
   Batch batch_{};
   IValue plan_;
   Room qkv_, attended_, gate_up_;
-  Parts parts_;
+  Split split_;
   torch::jit::Stack stack_;  // kept for its memory
 };
 
