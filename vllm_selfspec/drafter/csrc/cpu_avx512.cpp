@@ -303,7 +303,7 @@ void blocks(T* out, const T* bias, int64_t rows, int64_t outputs, const Kernel& 
     if (kTiles && rows >= kTileFrom) {
 #ifdef __AMX_INT8__
       Tiles tiles;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
       for (int64_t block = 0; block < last; ++block)
         for (int64_t m = 0; m < rows; m += 64) {
           const int64_t count = std::min<int64_t>(64, rows - m);
@@ -313,7 +313,7 @@ void blocks(T* out, const T* bias, int64_t rows, int64_t outputs, const Kernel& 
         }
 #endif
     } else {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
       for (int64_t block = 0; block < last; ++block)
         for (int64_t m = 0; m < rows; m += kPass) {
           const int64_t count = std::min(kPass, rows - m);

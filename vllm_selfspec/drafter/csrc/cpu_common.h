@@ -149,18 +149,15 @@ struct QuantizedRows {
     at_least(values, inputs.rows * padded);
     for (auto* floats : {&scales, &sums}) at_least(*floats, inputs.rows * groups);
     at_least(totals, inputs.rows * groups);
+    if (inputs.rows == 1) quantize_row(0);
   }
 
-  // Quantizes the rows; called by all threads of a parallel region, which go on when all rows are there.
+  // Quantizes the rows where there are several; called by all threads of a parallel region, which go on when all are
+  // there.
   void run() {
-    std::vector<float>& wide = Room::of_this_thread().wide;
-    if (static_cast<int64_t>(wide.size()) < padded) wide.resize(padded);
+    if (inputs_.rows == 1) return;
 #pragma omp for schedule(static)
-    for (int64_t m = 0; m < inputs_.rows; ++m) {
-      inputs_.fill(m, wide.data());
-      std::fill(wide.data() + inputs_.columns, wide.data() + padded, 0.0f);
-      for (int64_t g = 0; g < groups; ++g) quantize(wide.data() + g * group_, group_, m, g);
-    }
+    for (int64_t m = 0; m < inputs_.rows; ++m) quantize_row(m);
   }
 
  private:
@@ -178,6 +175,14 @@ struct QuantizedRows {
 
   const Inputs& inputs_;
   const int64_t group_;
+
+  void quantize_row(int64_t m) {
+    std::vector<float>& wide = Room::of_this_thread().wide;
+    if (static_cast<int64_t>(wide.size()) < padded) wide.resize(padded);
+    inputs_.fill(m, wide.data());
+    std::fill(wide.data() + inputs_.columns, wide.data() + padded, 0.0f);
+    for (int64_t g = 0; g < groups; ++g) quantize(wide.data() + g * group_, group_, m, g);
+  }
 
   // Group `g` of row `m`.
   void quantize(const float* part, int64_t group, int64_t m, int64_t g) {

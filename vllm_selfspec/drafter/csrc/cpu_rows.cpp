@@ -170,7 +170,7 @@ void tiles(int64_t outputs, int64_t rows, QuantizedRows& x, Tile tile) {
 #pragma omp parallel
   {
     x.run();
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t first = 0; first < outputs; first += block) {
       const int64_t end = std::min(outputs, first + block);
       for (int64_t n = first; n < end;) {
