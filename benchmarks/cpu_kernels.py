@@ -63,6 +63,11 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def bytes_per_second(memory: torch.Tensor) -> float:
+    """At which a large tensor can be summed."""
+    return memory.nbytes / min(seconds(memory.sum) for _ in range(7))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
@@ -72,8 +77,7 @@ def main() -> None:
 
     cpu_kernels.load()
     weights = [torch.randn(shape).bfloat16() for _ in range(LAYERS) for shape in SHAPES]
-    memory = torch.ones(2**27)
-    bandwidth = memory.nbytes / min(seconds(memory.sum) for _ in range(7))
+    bandwidth = bytes_per_second(torch.ones(2**27))
     values = LAYERS * sum(n * k for n, k in SHAPES) + HEAD[0] * HEAD[1]
     built: dict[str, tuple[list[Linear], Linear]] = {}
     for name, (make, _) in KERNELS.items():

@@ -11,11 +11,11 @@ is JSON.
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from cpu_kernels import LAYERS, SHAPES, bytes_per_second, seconds
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_selfspec.drafter import cpu_kernels, huge_pages
@@ -28,7 +28,7 @@ from vllm_selfspec.drafter.quantize_rows import (
 )
 from vllm_selfspec.provenance import provenance
 
-LAYERS, WIDTH, MLP, HEADS, KV_HEADS, HEAD_SIZE = 24, 896, 4864, 14, 2, 64
+HEADS, KV_HEADS, HEAD_SIZE, WIDTH = 14, 2, 64, SHAPES[0][1]
 BLOCK_SIZE, MAX_CONTEXT = 128, 4096
 KINDS: dict[str, dict[str, type[OperatorLinear]]] = {
     "avx512": {"int8": Avx512Int8Linear, "int4": Avx512Int4Linear},
@@ -41,9 +41,7 @@ class Layers:
 
     def __init__(self, precision: str, context: int, most_rows: int) -> None:
         kinds = KINDS[cpu_kernels.own_kernels()]
-        attention = (HEADS + 2 * KV_HEADS) * HEAD_SIZE
-        shapes = [(attention, WIDTH), (WIDTH, HEADS * HEAD_SIZE), (2 * MLP, WIDTH), (WIDTH, MLP)]
-        self._context, self._inputs = context, [columns for _, columns in shapes]
+        self._context = context
         self._table_width = -(-(context + 1) // BLOCK_SIZE)
         norm, cos_sin = torch.ones(WIDTH).bfloat16(), torch.randn(MAX_CONTEXT, HEAD_SIZE).bfloat16()
         self._operator = torch.classes.selfspec_cpu.DraftLayers(HEADS, -1, True)
@@ -55,7 +53,7 @@ class Layers:
             self._operator.add(keys, values, HEADS, HEAD_SIZE, HEAD_SIZE**-0.5, -1, 0.0, isa)
             weights = [
                 (kinds[precision] if index else kinds["int8"])((0.02 * torch.randn(shape)).bfloat16())
-                for index, shape in enumerate(shapes)
+                for index, shape in enumerate(SHAPES)
             ]
             described = [
                 torch.classes.selfspec_cpu.Linear(w.operator, list(w.tensors), w.outputs, None) for w in weights
@@ -80,7 +78,7 @@ class Layers:
 
     def products(self, rows: int) -> Callable[[], object]:
         """The products of these layers, each an operator called from Python."""
-        inputs = [torch.randn(rows, columns).bfloat16() for columns in self._inputs]
+        inputs = [torch.randn(rows, columns).bfloat16() for _, columns in SHAPES]
 
         def run() -> None:
             for weights in self._weights:
@@ -88,12 +86,6 @@ class Layers:
                     weight.apply(x, None)
 
         return run
-
-
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 @torch.inference_mode()
@@ -112,7 +104,7 @@ def main() -> None:
     layers = {precision: Layers(precision, args.context, max(args.rows)) for precision in ("int8", "int4")}
     memory = torch.ones(2**27)
     huge_pages.move_to_huge_pages()
-    bandwidth = memory.nbytes / min(seconds(memory.sum) for _ in range(7))
+    bandwidth = bytes_per_second(memory)
     milliseconds: dict[str, dict[int, dict[str, float]]] = {precision: {} for precision in layers}
     for precision, one in layers.items():
         limit = 1e3 * one.nbytes / bandwidth

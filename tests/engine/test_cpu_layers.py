@@ -78,7 +78,7 @@ def differences(llm: LLM, steps: list[bool] | None = None) -> list[float]:
     Relative to their size. Both run over the same batch and the same KV cache.
 
     Args:
-        steps: whether the light view runs, for each draft in turn; the drafter's own choice by default.
+        steps: whether the light view runs, for each step of the engine; the drafter's own choice by default.
     """
     model = drafter_of(llm).model
     decoder, whole = model.backbone.decoder, model.forward
@@ -175,14 +175,16 @@ def test_layers_are_put_together_up_to_one_of_another_kind(monkeypatch: pytest.M
 
 
 def test_new_parameters_are_noticed(tiny: Callable[..., str]) -> None:
-    """A norm or bias that an update puts in another tensor is the one that drafts use from then on."""
+    """A norm of the target or a bias of the view that is put in another tensor is what drafts use from then on."""
     with engine(tiny("qwen2"), SETTINGS | {"drafter": {"weights": "int8"}}) as llm:
         assert_close(differences(llm), "float32")
-        for layer in runner_of(llm).model.model.layers:
-            for module in (layer.post_attention_layernorm, layer.self_attn.qkv_proj):
-                name = "bias" if hasattr(module, "bias") else "weight"
+        (stack,) = drafter_of(llm).model.backbone.decoder.layers
+        norms = [layer.post_attention_layernorm for layer in runner_of(llm).model.model.layers]
+        projections = [layer.self_attn.qkv_proj for layer in stack.layers]
+        for modules, name in ((norms, "weight"), (projections, "bias")):
+            for module in modules:
                 setattr(module, name, torch.nn.Parameter(torch.randn_like(getattr(module, name)), requires_grad=False))
-        assert_close(differences(llm), "float32")
+            assert_close(differences(llm), "float32")
 
 
 def test_new_caches_are_noticed(tiny: Callable[..., str]) -> None:

@@ -1,8 +1,8 @@
 """Layers of the drafter on CPU with little work around their products, by `csrc/cpu_layers.cpp`.
 
 A draft is a forward of one row per request. vLLM's two Python operators per attention layer were a tenth of one, and
-what a compiled graph does between its products another fifth. So a decoder layer of a well-known kind is one operator,
-and where a layer is of another kind its attention is.
+what a compiled graph does between its products another quarter or more. So a decoder layer of a well-known kind is one
+operator, and where a layer is of another kind its attention is.
 """
 
 from __future__ import annotations

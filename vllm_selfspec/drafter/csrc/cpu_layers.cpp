@@ -69,7 +69,7 @@ class Linear : public torch::CustomClassHolder {
   const Optional bias_;
 };
 
-// Memory for one kind of intermediate result, used again by the next layer: to allocate it takes as long as to norm it.
+// Memory for one kind of intermediate result, used again by the next layer: allocating it would take microseconds each time.
 class Room {
  public:
   const at::Tensor& of(int64_t rows, int64_t columns, const at::Tensor& like) {
@@ -194,7 +194,7 @@ void place_heads(const at::Tensor& qkv, const at::Tensor& positions, const Block
 
 class DraftLayers : public torch::CustomClassHolder {
  public:
-  // The window that all layers share (-1: none) and the most heads are what the kernel's plan of a step is made for.
+  // Heads and the window that all layers share (-1: none) are what the kernel's plan of a step is made for.
   DraftLayers(int64_t heads, int64_t window, bool split_kv) : heads_(heads), window_(window), split_kv_(split_kv) {}
 
   ~DraftLayers() override { end(); }
