@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,12 @@ def test_what_another_process_shares_stays_shared() -> None:
 
 
 class RefusingLinux:
-    """libc of a Linux that refuses with an error what `refused` names."""
+    """libc of a Linux that refuses with an error what `refused` names, or grants it once in `every` times."""
 
-    def __init__(self, error: int, refused: set[int]) -> None:
+    def __init__(self, error: int, refused: set[int], every: int = sys.maxsize) -> None:
         self.asked: list[int] = []
-        self._error, self._refused = error, refused
+        self.granted: list[int] = []
+        self.error, self.refused, self.every = error, refused, every
         self.madvise = Madvise(self)
         self.malloc_trim = lambda _: 1
 
@@ -125,17 +127,19 @@ class Madvise:
         self._linux = linux
 
     def __call__(self, address: int, size: int, advice: int) -> int:
-        self._linux.asked.append(advice)
-        if advice not in self._linux._refused:
+        linux = self._linux
+        linux.asked.append(advice)
+        if advice not in linux.refused or len(linux.asked) % linux.every == 0:
+            linux.granted.append(address)
             return 0
-        ctypes.set_errno(self._linux._error)
+        ctypes.set_errno(linux.error)
         return -1
 
 
 @pytest.fixture
-def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, set[int]], RefusingLinux]]:
-    def install(error: int, refused: set[int]) -> RefusingLinux:
-        linux = RefusingLinux(error, refused)
+def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RefusingLinux]]:
+    def install(error: int, refused: set[int], every: int = sys.maxsize) -> RefusingLinux:
+        linux = RefusingLinux(error, refused, every)
         monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: linux)
         monkeypatch.setattr(huge_pages, "huge_page_setting", lambda: "madvise")
         return linux
@@ -156,7 +160,18 @@ def test_no_more_is_asked_for_where_memory_is_too_fragmented(refusing: Any) -> N
     values[:] = 1
     linux = refusing(errno.ENOMEM, {14, 25})
     assert move_to_huge_pages() == 0
-    assert linux.asked == [25] * 16
+    assert linux.asked == [25] * 192
+
+
+def test_refusals_in_between_do_not_keep_the_rest_from_moving(refusing: Any) -> None:
+    """Linux refuses up to 63 times at once after it failed to make a huge page, however much memory there is."""
+    values, address = memory(64 * MIB)
+    values[:] = 1
+    linux = refusing(errno.ENOMEM, {25}, every=3)
+    assert move_to_huge_pages() == 2 * MIB * len(linux.granted)
+    ours = set(range(-(-address // (2 * MIB)) * 2 * MIB, address + 62 * MIB, 2 * MIB))
+    assert len(ours & set(linux.granted)) > len(ours) * 0.9
+    assert len(set(linux.granted)) == len(linux.granted)
 
 
 def test_memory_that_is_in_use_just_now_does_not_keep_the_rest_from_moving(refusing: Any) -> None:

@@ -31,8 +31,12 @@ _PRESENT, _EXCLUSIVE = np.uint64(1 << 63), np.uint64(1 << 56)  # of a page, in p
 WORTH_IT = 32 << 20
 """Bytes of weights from which on moving a process's memory is worth the time: smaller ones stay in the caches."""
 
-_REFUSALS = 16
-"""After so many blocks for which Linux has no huge page, no more are tried."""
+_PASSES, _IN_A_ROW = 8, 192
+"""Blocks that Linux refuses are tried again, so often at most and until so many in a row were refused.
+
+Linux makes a huge page by moving what lies in its way. Where that failed it puts off the next attempt and refuses at
+once, up to 63 times (`compaction_deferred` in its mm/compaction.c): one refusal says little about the memory.
+"""
 
 
 def move_to_huge_pages(leave: Iterable[torch.Tensor] = ()) -> int:
@@ -53,23 +57,31 @@ def move_to_huge_pages(leave: Iterable[torch.Tensor] = ()) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.malloc_trim(0)  # what loading has freed goes back first
-    moved = asked = refused = 0
+    moved = asked = in_a_row = passes = 0
+    blocks: Iterable[int] = ()
     try:
         size = int(Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size").read_text())
-        for address in _filled_blocks(size, [_span(tensor) for tensor in leave]):
-            if libc.madvise(address, size, _COLLAPSE) == 0:
-                moved += size
-                continue
-            error = ctypes.get_errno()
-            if error == errno.EINVAL:  # an older Linux, which moves it in its own time
-                asked += size if libc.madvise(address, size, _ADVISE) == 0 else 0
-            elif error != errno.EAGAIN:  # not just a page that a device holds, or someone uses at this moment
-                refused += 1
-                if refused == _REFUSALS:
+        blocks = _filled_blocks(size, [_span(tensor) for tensor in leave])
+        while blocks and passes < _PASSES and in_a_row < _IN_A_ROW:
+            passes += 1
+            refused = []
+            for address in blocks:
+                if in_a_row == _IN_A_ROW:
                     break
+                if libc.madvise(address, size, _COLLAPSE) == 0:
+                    moved += size
+                    in_a_row = 0
+                    continue
+                error = ctypes.get_errno()
+                if error == errno.EINVAL:  # an older Linux, which moves it in its own time
+                    asked += size if libc.madvise(address, size, _ADVISE) == 0 else 0
+                elif error != errno.EAGAIN:  # not just a page that a device holds, or someone uses at this moment
+                    refused.append(address)
+                    in_a_row += 1
+            blocks = refused
     except OSError as error:  # a sandbox without all of Linux's /proc and /sys
         logger.info("selfspec leaves memory in small pages: %s", error)
-    note = "; Linux has no more of them" if refused == _REFUSALS else ""
+    note = "; Linux has no more of them" if blocks else ""
     if asked:
         note += f"; {asked >> 20} MiB are left to Linux, which before version 6.1 moves them while it runs"
     logger.info("selfspec moved %d MiB to huge pages in %.1f s%s.", moved >> 20, time.perf_counter() - start, note)
