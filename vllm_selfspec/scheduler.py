@@ -31,7 +31,7 @@ from vllm_selfspec.drafter.refresh import RefreshCost
 from vllm_selfspec.drafter.runner import drafts_follow_the_result
 from vllm_selfspec.metrics import STATS_KEY, StepStats
 from vllm_selfspec.plugin import older_than
-from vllm_selfspec.speculative_config import one_scheduler_per_rank
+from vllm_selfspec.speculative_config import draft_together, one_scheduler_per_rank
 
 logger = init_logger("vllm.selfspec")
 
@@ -97,6 +97,8 @@ class SelfSpecScheduling(Scheduler):
         self._light_drafts = False
         self._num_drafts = self.num_spec_tokens
         """How many tokens the step scheduled last drafts."""
+        self._ranks_draft_together = draft_together(vllm_config.model_config, vllm_config.parallel_config)
+        """All ranks draft as many tokens in every step, whatever their own requests could use."""
         self._drafts_follow_the_result = drafts_follow_the_result(vllm_config)
         """A step's duration holds the drafts of the step before instead of its own."""
         self._last_decision: Decision | None = None
@@ -146,7 +148,9 @@ class SelfSpecScheduling(Scheduler):
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         if scheduler_output.total_num_scheduled_tokens > 0:
             state = self._state(scheduler_output)
-            if self._dictated is None:
+            if self._ranks_draft_together:
+                decision = Decision(self.num_spec_tokens, Reason.FIXED, state)
+            elif self._dictated is None:
                 decision = self._controller.decide(state)
             else:
                 wanted = self._dictated
@@ -273,6 +277,24 @@ class SelfSpecScheduling(Scheduler):
                     light=bool(decision.light) and decision.num_draft_tokens > 0,
                 )
             )
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """vLLM's, with the first draft that breaks the grammar left to the rejection sampler of runner V2.
+
+        The grammar gives that draft no probability, so it is rejected, and the token in its place comes from the
+        residual max(p - q, 0). vLLM would cut the drafts off before it and draw that token from p, which together with
+        the drafts accepted there is not p.
+        """
+        output = super().get_grammar_bitmask(scheduler_output)
+        if output is not None and not older_than("0.32"):
+            drafts = scheduler_output.scheduled_spec_decode_tokens
+            output.num_acceptable_drafts = [
+                min(allowed + 1, len(drafts.get(request_id, ())))
+                for request_id, allowed in zip(
+                    output.structured_output_request_ids, output.num_acceptable_drafts, strict=True
+                )
+            ]
+        return output
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)

@@ -7,6 +7,7 @@ before shows as well. The drafters are bad ones, so that rejections are common.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -202,22 +203,23 @@ def test_seeds_repeat(drafting: LLM) -> None:
 
 def test_distribution_under_a_grammar(checkpoint: str, target: PreTrainedModel, tmp_path: Path) -> None:
     """The drafter knows no grammar: where a draft breaks it, the token there comes from the residual, not from p."""
+    length, count = (GPU_LENGTH, GPU_COUNT) if interpreted_triton.wanted() else (LENGTH, 12_000)
     letters = "abcdefghijklmnop"
     backend = Tokenizer(models.WordLevel({letter: token for token, letter in enumerate(letters)}, unk_token="a"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="p").save_pretrained(tmp_path)
     pattern, allowed = "", []
-    for place in range(LENGTH):
+    for place in range(length):
         allowed.append([token for token in range(VOCABULARY - 1) if (token + place) % 3])
         pattern += "[" + "".join(letters[token] for token in allowed[-1]) + "]"
     drafter = {"num_speculative_tokens": 5, "drafter": DRAFTERS["exit"], "control": {"mode": "fixed"}}
     sizes = {"max_num_seqs": 256, "max_model_len": 32, "num_gpu_blocks_override": 600}
     tokenizer = {"skip_tokenizer_init": False, "tokenizer": str(tmp_path)}
     with engine(checkpoint, drafter, **sizes, **tokenizer) as llm:
-        seen = watch(llm, lambda: LENGTH - 1)
+        seen = watch(llm, lambda: length - 1)
         grammar = {"structured_outputs": StructuredOutputsParams(regex=pattern)}
-        (answers,) = sample(llm, [SETTINGS["temperature 1"] | grammar], 12_000)
-    assert p_value(answers, exact(target, SETTINGS["temperature 1"], allowed)) > SIGNIFICANCE
+        (answers,) = sample(llm, [SETTINGS["temperature 1"] | grammar], count, length)
+    assert p_value(answers, exact(target, SETTINGS["temperature 1"], allowed, length)) > SIGNIFICANCE
     assert 0.2 < seen.acceptance < 0.9
 
 
@@ -264,14 +266,41 @@ def test_chi_square_sees_a_drafter_that_misreports_its_distribution(
     drafting: LLM, target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drafts that are not drawn from the q that the rejection sampler gets."""
+    drafter = drafter_of(drafting)
+    if isinstance(drafter, SelfDraftSpeculator):
+        misreport_on_v2(drafter, monkeypatch)
+    else:
+        misreport_on_v1(monkeypatch)
+    watch(drafting, lambda: LENGTH - 1)
+    (answers,) = sample(drafting, [SETTINGS["temperature 1"]], 12_000)
+    assert p_value(answers, exact(target, SETTINGS["temperature 1"])) < CERTAINTY
+
+
+SHARPER = 1.5
+"""What logits are multiplied with to draw drafts, and are not when their distribution is told."""
+
+
+def misreport_on_v1(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = proposer.sample_drafts
 
     def sharper(logits: torch.Tensor, *rest: Any) -> torch.Tensor:
-        tokens = honest(logits * 1.5, *rest)
+        tokens = honest(logits * SHARPER, *rest)
         honest(logits, *rest)  # leaves its own probabilities
         return tokens
 
     monkeypatch.setattr(proposer, "sample_drafts", sharper)
-    watch(drafting, lambda: LENGTH - 1)
-    (answers,) = sample(drafting, [SETTINGS["temperature 1"]], 12_000)
-    assert p_value(answers, exact(target, SETTINGS["temperature 1"])) < CERTAINTY
+
+
+def misreport_on_v2(drafter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits_of, honest = drafter.compute_draft_logits, drafter.sample_draft
+    inputs = list(inspect.signature(honest).parameters)
+
+    def sharper(*arguments: Any) -> torch.Tensor:
+        tokens = honest(*arguments)
+        given = dict(zip(inputs, arguments, strict=False))
+        rows = given["idx_mapping"][given["idx_mapping"] >= 0]
+        given["draft_logits"][rows, given["draft_step"]] /= SHARPER  # as if they were those drawn from
+        return tokens
+
+    monkeypatch.setattr(drafter, "compute_draft_logits", lambda *arguments: logits_of(*arguments) * SHARPER)
+    monkeypatch.setattr(drafter, "sample_draft", sharper)
