@@ -131,6 +131,12 @@ EVERYWHERE = (
         "vllm_selfspec.live_profile:core_init",
     ),
     Seam(
+        "vllm.config.vllm:VllmConfig._maybe_disable_dynamic_sd_for_data_parallel",
+        "draft lengths vary under data parallelism too, where each rank is an engine of its own",
+        ("self",),
+        "vllm_selfspec.speculative_config:keep_draft_lengths",
+    ),
+    Seam(
         "vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features",
         "runner V2 drafts for selfspec where vLLM itself has no draft model for it",
         ("self",),

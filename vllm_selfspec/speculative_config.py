@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
-from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.config.utils import config
 from vllm.platforms import current_platform
 
@@ -56,11 +57,21 @@ class SelfSpecSpeculativeConfig(SpeculativeConfig):
         return f"SpeculativeConfig({self.selfspec!r})"
 
     def compute_hash(self) -> str:
-        """vLLM's hash plus the drafter and the kernels: compiled graphs are cached under this key."""
+        """vLLM's hash plus the drafter and the kernels: compiled graphs are cached under this key.
+
+        How many tokens are drafted is no part of it, nor of a graph: one forward pass makes one draft.
+        """
         drafter = self.selfspec.drafter
         shape = None if drafter.exit_head is None else exit_head.read_info(drafter.exit_head)
-        key = f"{super().compute_hash()}{drafter.model_dump_json()}{shape}{library_in_use()}"
+        alike = copy.copy(self)
+        alike.draft_model_config = self.target_model_config
+        key = f"{SpeculativeConfig.compute_hash(alike)}{drafter.model_dump_json()}{shape}{library_in_use()}"
         return hashlib.sha256(key.encode()).hexdigest()
+
+    @property
+    def max_num_new_slots_for_drafting(self) -> int:
+        """Rows that a request's drafts add to the target's batch: none, a draft's forward pass is one of its own."""
+        return 0
 
     def uses_dynamic_speculative_decoding(self) -> bool:
         """True when the draft length may change from step to step."""
@@ -88,6 +99,21 @@ def build(
     )
 
 
+def keep_draft_lengths(original: Callable[..., None], self: VllmConfig) -> None:
+    """`VllmConfig._maybe_disable_dynamic_sd_for_data_parallel`, which takes the table of draft lengths away.
+
+    It does so because ranks that draft together would have to agree. Those of a dense model are engines of their own,
+    and a mixture of experts is refused unless its length is fixed.
+    """
+    if not isinstance(self.speculative_config, SelfSpecSpeculativeConfig):
+        original(self)
+
+
+def draft_together(model: ModelConfig, parallel: ParallelConfig) -> bool:
+    """Whether the ranks of data parallelism run every forward pass together, those of drafts included."""
+    return bool(model.is_moe) and parallel.data_parallel_size > 1
+
+
 def one_scheduler_per_rank(parallel: ParallelConfig) -> bool:
     """Whether each rank schedules for itself, so that all must decide alike from what all of them see."""
     return parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1
@@ -104,11 +130,10 @@ def check_engine(settings: SelfSpecConfig, model: ModelConfig, parallel: Paralle
             f"pipeline_parallel_size is {parallel.pipeline_parallel_size}: selfspec needs all layers in one stage, "
             "use tensor parallelism instead."
         )
-    if parallel.data_parallel_size > 1 and settings.control.mode == "adaptive" and model.is_moe:
-        # The ranks of a dense model are engines of their own; those of a mixture run every layer together.
+    if draft_together(model, parallel) and settings.control.mode != "fixed":
         raise ConfigError(
-            "data_parallel_size > 1 with control.mode 'adaptive' would let the ranks of a mixture of experts choose "
-            "different draft lengths: set control.mode to 'fixed', or start one engine per rank."
+            f"data_parallel_size > 1 with control.mode {settings.control.mode!r} would let the ranks of a mixture of "
+            "experts choose different draft lengths: set control.mode to 'fixed', or start one engine per rank."
         )
     if one_scheduler_per_rank(parallel) and settings.control.mode == "adaptive" and settings.control.profile == "auto":
         raise ConfigError(

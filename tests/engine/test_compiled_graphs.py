@@ -16,6 +16,7 @@ import interpreted_triton
 import pytest
 from engines import Job, drafter_of, drive, engine, greedy, random_lengths, random_prompt, runner_of, texts, watch
 from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
 
 if not emulated_cuda.wanted():
     pytest.skip("needs SELFSPEC_EMULATED_CUDA=1", allow_module_level=True)
@@ -23,7 +24,9 @@ if not emulated_cuda.wanted():
 from recorded_graph import RecordedGraph, graphs_on_cuda
 
 from vllm_selfspec.drafter import verify_graphs
+from vllm_selfspec.drafter.runner import every_draft_length
 from vllm_selfspec.drafter.speculator import SelfDraftSpeculator
+from vllm_selfspec.plugin import register
 
 SERVING: dict[str, Any] = {
     "max_num_seqs": 4,
@@ -104,6 +107,15 @@ def test_the_flag_alone(model: str, expected: Any, tmp_path: Path, monkeypatch: 
         measured = RecordedGraph.replays
         assert texts(drive(llm, jobs(greedy(32)))) == expected
     assert measured > 50 and RecordedGraph.replays > measured + 30
+
+
+def test_ranks_of_data_parallelism_verify_every_draft_length(model: str) -> None:
+    """vLLM has no draft lengths that vary under data parallelism; a rank of a dense model is an engine of its own."""
+    register()
+    arguments = EngineArgs(model=model, speculative_config={"method": "selfspec"}, data_parallel_size=2)
+    config = arguments.create_engine_config()
+    assert config.speculative_config.num_speculative_tokens_per_batch_size == every_draft_length(7)
+    assert config.compilation_config.cudagraph_capture_sizes
 
 
 def test_graphs_follow_new_weights(tiny: Callable[..., str], model: str, expected: Any) -> None:

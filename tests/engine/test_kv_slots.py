@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ NOISE = -54321.0
 SERVING: dict[str, Any] = {
     "max_model_len": MAX_MODEL_LEN,
     "max_num_seqs": 4,
-    "max_num_batched_tokens": 48,
+    "max_num_batched_tokens": 44,
     "num_gpu_blocks_override": 16,
 }
 
@@ -67,7 +67,7 @@ def unguarded_slots(
     start: torch.Tensor, limit: torch.Tensor, block_table: torch.Tensor, block_size: int, num_draft_tokens: int
 ) -> torch.Tensor:
     """`draft_slots` without its guard: trusts the block table at every position."""
-    positions = start + torch.arange(num_draft_tokens).unsqueeze(1)
+    positions = start + torch.arange(num_draft_tokens, device=start.device).unsqueeze(1)
     blocks = (positions // block_size).clamp_(max=block_table.shape[1] - 1)
     return block_table.gather(1, blocks.t()).t().long() * block_size + positions % block_size
 
@@ -79,24 +79,28 @@ def elements_of(cache: torch.Tensor) -> torch.Tensor:
 
 
 class Row(NamedTuple):
-    """One request of a proposal: tokens whose keys and values are valid, whether it sampled, its block-table row."""
+    """One request of a proposal: tokens whose keys and values are valid, whether it sampled, its block-table row.
+
+    The row is on the device; V1 fills it from one on the host, which is the same memory on a CPU.
+    """
 
     request_id: str
     length: int
     sampled: bool
-    table: Any
+    table: torch.Tensor
     num_blocks: int
 
 
 def rows_of_v1(runner: Any, inputs: dict[str, Any]) -> list[Row]:
     """The rows of a call of runner V1's `propose`."""
     batch, table = runner.input_batch, runner.input_batch.block_table[0]
+    device_table = table.get_device_tensor(batch.num_reqs)
     lengths = inputs["common_attn_metadata"].seq_lens
     if inputs["num_rejected_tokens_gpu"] is not None:
         lengths = lengths - inputs["num_rejected_tokens_gpu"]
     sampled = ~runner.discard_request_mask.np
     return [
-        Row(request_id, int(lengths[row]), bool(sampled[row]), table.block_table.np[row], table.num_blocks_per_row[row])
+        Row(request_id, int(lengths[row]), bool(sampled[row]), device_table[row], table.num_blocks_per_row[row])
         for row, request_id in enumerate(batch.req_ids)
     ]
 
@@ -115,6 +119,19 @@ def rows_of_v2(runner: Any, inputs: dict[str, Any]) -> list[Row]:
         )
         for row in range(batch.num_reqs)
     ]
+
+
+@contextmanager
+def counts_that_have_changed(runner: Any) -> Iterator[None]:
+    """Runner V2's numbers of blocks as a step finds them that comes so late that the host has gone on."""
+    if not hasattr(runner, "block_tables"):
+        yield
+        return
+    counts = runner.block_tables.num_blocks.gpu
+    kept = counts.clone()
+    counts.fill_(MAX_MODEL_LEN)
+    yield
+    counts.copy_(kept)
 
 
 @dataclass
@@ -150,8 +167,9 @@ class Inspector:
         # How a kernel lays out keys and values inside a block is its own affair: let it write every slot's offset.
         layer = next(iter(runner.compilation_config.static_forward_context.values()))
         block = torch.full_like(runner.kv_caches[0][:1], -1.0)
-        values = torch.arange(BLOCK, dtype=torch.float32)[:, None, None].expand(-1, block.shape[1], block.shape[3] // 2)
-        layer.impl.do_kv_cache_update(layer, values.contiguous(), values.contiguous(), block, torch.arange(BLOCK))
+        slots = torch.arange(BLOCK, device=block.device)
+        values = slots.float()[:, None, None].expand(-1, block.shape[1], block.shape[3] // 2).contiguous()
+        layer.impl.do_kv_cache_update(layer, values, values.clone(), block, slots)
         self.offsets = elements_of(block)[0].long()  # [elements of a block] the slot that each belongs to
         assert (self.offsets.bincount(minlength=BLOCK) == block.numel() // BLOCK).all()
 
@@ -162,8 +180,8 @@ class Inspector:
 
     def slots_with(self, elements: torch.Tensor) -> torch.Tensor:
         """[blocks, block_size] slots that hold any of the elements [blocks, elements of a block]."""
-        found = torch.zeros(elements.shape[0], BLOCK).index_add_(1, self.offsets, elements.float())
-        return found > 0
+        found = torch.zeros(elements.shape[0], BLOCK, device=elements.device)
+        return found.index_add_(1, self.offsets, elements.float()) > 0
 
     def propose(self, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The drafter's `propose` under inspection."""
@@ -184,12 +202,14 @@ class Inspector:
                 which = valid if position < row.length else open_
                 which[blocks[position // BLOCK], position % BLOCK] = True
             self.padded += not row.sampled
+        valid, open_ = (slots.to(self.offsets.device) for slots in (valid, open_))
         self.unwritten += any(
             (self.slots_with((cache == POISON) | (cache == NOISE)) & valid).any() for cache in self.caches
         )
         self.fill(~valid, POISON)
         before = [cache.clone() for cache in self.caches]
-        drafts = original(*args, **kwargs)
+        with counts_that_have_changed(runner):
+            drafts = original(*args, **kwargs)
         changed = torch.zeros_like(valid)
         for cache, old in zip(self.caches, before, strict=True):
             changed |= self.slots_with(cache != old)

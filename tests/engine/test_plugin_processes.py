@@ -287,12 +287,11 @@ def test_refusals_at_configuration(
     assert_one_sentence(str(caught.value), field)
 
 
-def test_adaptive_ranks_of_a_mixture_are_refused(tiny: Callable[..., str]) -> None:
+@pytest.mark.parametrize("mode", ["adaptive", "off"])
+def test_ranks_of_a_mixture_that_may_differ_are_refused(mode: str, tiny: Callable[..., str]) -> None:
     """They run every layer together."""
     with pytest.raises(ConfigError) as caught:
-        config_of(
-            tiny("qwen3_moe"), speculative_config=SETTINGS | {"control": {"mode": "adaptive"}}, data_parallel_size=2
-        )
+        config_of(tiny("qwen3_moe"), speculative_config=SETTINGS | {"control": {"mode": mode}}, data_parallel_size=2)
     assert_one_sentence(str(caught.value), "data_parallel_size")
 
 

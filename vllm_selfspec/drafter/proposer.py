@@ -32,7 +32,7 @@ from vllm_selfspec.drafter.quantize import choose_precision
 from vllm_selfspec.drafter.refresh import WeightTap
 from vllm_selfspec.drafter.sampling import Scratch, sample_drafts
 from vllm_selfspec.drafter.view import build_view, quantization_plan
-from vllm_selfspec.speculative_config import SelfSpecSpeculativeConfig
+from vllm_selfspec.speculative_config import SelfSpecSpeculativeConfig, draft_together
 
 logger = init_logger("vllm.selfspec")
 
@@ -118,6 +118,11 @@ class SelfDraftProposer(DraftModelProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         super().__init__(vllm_config, device, runner)
         assert isinstance(self.speculative_config, SelfSpecSpeculativeConfig)
+        if draft_together(vllm_config.model_config, vllm_config.parallel_config):
+            raise ConfigError(
+                "data_parallel_size > 1 with a mixture of experts needs drafts on all ranks at once, and model runner "
+                "V1 does not make them: start one engine per rank, or on a GPU set VLLM_USE_V2_MODEL_RUNNER=1."
+            )
         self._runner = runner
         self.supports_mm_inputs = False
         drafter = self.speculative_config.selfspec.drafter

@@ -102,6 +102,8 @@ class SelfDraftSpeculator(DraftModelSpeculator):
         """Position of each request's last token, which draft step 0 runs."""
         self._limit = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
         """Positions below this one are allocated to the request; 0 for a row that must not write."""
+        self._num_blocks = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
+        """KV blocks that each request owns, by request-state index."""
         self._row_numbers = torch.arange(self.max_num_reqs + 1, dtype=torch.int32, device=device)
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
@@ -146,6 +148,15 @@ class SelfDraftSpeculator(DraftModelSpeculator):
         own, self.draft_attn_layer_names = self.draft_attn_layer_names, self._view_layer_names
         super().set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)
         self.draft_attn_layer_names = own
+        gather = block_tables.gather_block_tables
+
+        def gather_and_count(*args: Any, **kwargs: Any) -> Any:
+            # The counts lie in host memory that vLLM writes again two steps on, once this step's tokens are known: the
+            # drafts that follow these would read them too late.
+            self._num_blocks.copy_(block_tables.num_blocks.gpu[0])
+            return gather(*args, **kwargs)
+
+        block_tables.gather_block_tables = gather_and_count
         # Before vLLM 0.32 the tables hold the blocks of the attention kernels, into which those of the cache are split.
         self._block_size = (block_tables.kernel_block_sizes if older_than("0.32") else block_tables.block_sizes)[0]
         self._updates_metadata = all(
@@ -266,8 +277,7 @@ class SelfDraftSpeculator(DraftModelSpeculator):
         torch.clamp(self._row_numbers, max=num_reqs, out=self.input_buffers.query_start_loc)
         self.input_buffers.input_ids[:num_reqs] = last_sampled.view(-1)[input_batch.idx_mapping]
         if writes:
-            # Copied out of vLLM's buffer, which is another one each step: a captured graph must not hold its address.
-            blocks = self.block_tables.num_blocks.gpu[0][input_batch.idx_mapping]
+            blocks = self._num_blocks[input_batch.idx_mapping]
             allocated = (blocks.long() * self._block_size).clamp_(max=self.max_model_len)
             self._limit[:num_reqs] = allocated.masked_fill_(num_sampled[:num_reqs] == 0, 0)
         start = input_batch.seq_lens[:num_reqs] - num_rejected[:num_reqs]
