@@ -121,6 +121,22 @@ def test_a_missing_kernel_is_a_config_error(kernels: None, monkeypatch: pytest.M
     assert "\n" not in str(caught.value)
 
 
+def test_marlin_multiplies_what_vllm_would_give_to_humming(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class HummingLinearKernel(plain_kernels.PlainInt4Kernel):
+        def process_weights_after_loading(self, layer: nn.Module) -> None:
+            raise AttributeError("vLLM's reads layer.has_bias")
+
+    monkeypatch.setattr(linear, "choose_mp_linear_kernel", lambda _: HummingLinearKernel)
+    monkeypatch.setattr(linear, "MarlinLinearKernel", plain_kernels.PlainInt4Kernel)
+    weight, x = torch.randn(32, 128), torch.randn(4, 128)
+    assert relative_error(CudaLinear(weight, "int4").apply(x, None), x @ weight.t()) < ERROR["int4"]
+    monkeypatch.setattr(
+        plain_kernels.PlainInt4Kernel, "can_implement", classmethod(lambda cls, c: (False, "not on this device"))
+    )
+    with pytest.raises(ConfigError, match="not on this device"):
+        CudaLinear(weight, "int4")
+
+
 @pytest.mark.parametrize(("columns", "group"), [(256, 64), (192, 64), (96, 32)])
 def test_int4_uses_the_largest_group_that_divides(kernels: None, columns: int, group: int) -> None:
     state = CudaLinear(torch.randn(16, columns), "int4")
@@ -275,6 +291,19 @@ def vllm_config(tiny: Callable[..., str]) -> VllmConfig:
         },
     )
     return arguments.create_engine_config()
+
+
+def test_graphs_are_cached_for_every_draft_length_but_not_every_drafter(tiny: Callable[..., str]) -> None:
+    def key(drafts: int, **drafter: Any) -> str:
+        arguments = EngineArgs(
+            model=tiny(),
+            speculative_config={"method": "selfspec", "num_speculative_tokens": drafts, "drafter": drafter},
+        )
+        return arguments.create_engine_config().speculative_config.compute_hash()
+
+    register()
+    assert key(3) == key(5)
+    assert len({key(3), key(3, exit_layer=2), key(3, exit_layer=3), key(3, weights="native")}) == 4
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 import emulated_cuda
 import pytest
 import torch
-from engines import Job, drafter_of, drive, engine, greedy, random_lengths, random_prompt, texts, watch
+from engines import Job, drafter_of, drive, engine, greedy, random_lengths, random_prompt, scheduler_of, texts, watch
 from tiny_models import FAMILIES
 from vllm.platforms import current_platform
 
@@ -64,6 +64,50 @@ def test_family_equals_plain_decoding(
         else:
             assert sum("gate_up_proj" in name for name in quantized) == 4
             assert sum("qkv_proj" in name for name in quantized) == 4
+
+
+def test_ranks_that_draft_together_draft_in_every_step(tiny: Callable[..., str], plain: Callable[[str], Any]) -> None:
+    """Under data parallelism a rank must not leave out drafts that the layers of the others wait for."""
+    settings = {"num_speculative_tokens": 3, "drafter": VIEWS["exit"], "control": {"mode": "fixed"}}
+    lengths = []
+    with engine(tiny("llama"), settings, **ENGINE) as llm:
+        scheduler = scheduler_of(llm)
+        scheduler._ranks_draft_together = True
+        schedule = scheduler.schedule
+
+        def scheduled(*args: Any) -> Any:
+            output = schedule(*args)
+            lengths.append(output.num_spec_tokens_to_schedule)
+            return output
+
+        scheduler.schedule = scheduled
+        assert texts(drive(llm, JOBS)) == plain("llama")
+    # Prompts in pieces, and requests near their last token, among them.
+    assert len(lengths) > 20 and set(lengths) == {3}
+
+
+def test_requests_have_the_whole_batch_for_their_prompts(tiny: Callable[..., str]) -> None:
+    """Drafts are a forward pass of their own: they take nothing of the target's."""
+    steps = []
+    for settings in (None, {"num_speculative_tokens": 3, "drafter": VIEWS["exit"], "control": {"mode": "fixed"}}):
+        with engine(tiny("llama"), settings, **ENGINE) as llm:
+            scheduler = scheduler_of(llm)
+            schedule, counts = scheduler.schedule, []
+            scheduler.schedule = lambda *args, s=schedule, c=counts: c.append(s(*args)) or c[-1]
+            drive(llm, [Job(random_prompt(16, number), greedy(1)) for number in range(4)])
+            steps.append([output.total_num_scheduled_tokens for output in counts if output.total_num_scheduled_tokens])
+    assert steps[0] == steps[1] == [64]
+
+
+@pytest.mark.parametrize("lm_head", ["native", "int8"])
+def test_a_head_of_another_dtype(lm_head: str, tiny: Callable[..., str]) -> None:
+    """`head_dtype` is for the target's head; a quantized one computes in the model's dtype."""
+    settings = {"num_speculative_tokens": 3, "drafter": {"weights": "native", "lm_head": lm_head}}
+    float32 = {"dtype": "bfloat16", "hf_overrides": {"head_dtype": "float32"}}
+    with engine(tiny("llama"), settings | {"control": {"mode": "fixed"}}, **ENGINE, **float32) as llm:
+        seen = watch(llm)
+        drive(llm, JOBS)
+    assert seen.drafted > 100 and seen.acceptance > 0.8
 
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="on CPU alone")

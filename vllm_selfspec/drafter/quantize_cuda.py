@@ -222,7 +222,16 @@ def _int4_config(rows: int, columns: int, group: int, act_dtype: torch.dtype) ->
 def _int4_kernel_class(rows: int, columns: int, group: int, act_dtype: torch.dtype) -> Any:
     from vllm.model_executor.kernels import linear
 
-    return linear.choose_mp_linear_kernel(_int4_config(rows, columns, group, act_dtype))
+    config = _int4_config(rows, columns, group, act_dtype)
+    chosen = linear.choose_mp_linear_kernel(config)
+    if not chosen.__name__.startswith("Humming"):
+        return chosen
+    # vLLM's choice on Hopper for what Machete does not take. It wants a layer of vLLM's own and keeps locks beside the
+    # layer's tensors, which a refresh would not restore; Marlin, its next choice, does neither.
+    takes, reason = linear.MarlinLinearKernel.can_implement(config)
+    if not takes:
+        raise ValueError(reason)
+    return linear.MarlinLinearKernel
 
 
 def _kernel(weight: torch.Tensor, precision: Precision, act_dtype: torch.dtype) -> Any:

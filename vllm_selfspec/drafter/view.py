@@ -262,6 +262,10 @@ def build_view(
         quantized = shallow_copy(logits_layer)
         quantized.quant_method = DrafterLinearMethod(tap.state(logits_layer, lm_head))
         head = with_submodule(top, lm_head_path(top), quantized)
+        if getattr(getattr(top, "logits_processor", None), "head_dtype", None) is not None:
+            # Only the target's head can compute in another dtype (`head_dtype` in the model's config).
+            head.logits_processor = shallow_copy(top.logits_processor)
+            head.logits_processor.head_dtype = None
     two_views = "int4+int8" in (weights, lm_head)
     model = DraftModel(backbone, head, draft_layers, tap.light if two_views else None)
     return model, {attention.layer_name for attention in shared}
