@@ -5,13 +5,15 @@
     python benchmarks/gpu/run_all.py pack SITE PIECES                     # for a machine without vLLM, see docs/gpu.md
 
 Stages:
-    correctness  the engine tests on this device, and greedy decoding of real weights against plain decoding
+    products     quantized products of random weights of real shapes against dense ones: error, time, refresh
+    correctness  greedy float32 decoding against plain decoding; acceptance of drafts in bfloat16, as engines serve
     sweep        T_T, T_D and T_V over batch, context and draft length, dummy weights of real shapes, as a CSV that
                  `vllm-selfspec calibrate --from-sweep` reads
     rollout      makespan of long-tailed rollouts with synthetic acceptance: plain, fixed draft lengths, adaptive
+    tests        the project's engine tests on this device
 
 Every engine runs in a process of its own. Results are written as they come (`results.json`, `sweep_*.csv`), so a run
-that is cut short keeps what it has. The last line on stdout is JSON.
+that is cut short keeps what it has; what the engines say is in `jobs.log`. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,7 +32,10 @@ import tempfile
 import time
 import tomllib
 import zipfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,10 +44,19 @@ if TYPE_CHECKING:
     from vllm_selfspec.control.policy import StepObservation
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("correctness", "sweep", "rollout")
+STAGES = ("products", "correctness", "sweep", "rollout", "tests")
 COLUMNS = ("model", "batch", "seq", "gamma", "mode", "mean_ms", "median_ms", "std_ms", "min_ms", "max_ms", "n_samples")
-ENGINE_TESTS = ("test_kv_slots", "test_lossless_stress", "test_distribution", "test_families", "test_following_weights")
-PIECE_MIB = 48
+ENGINE_TESTS = ("test_following_weights", "test_families", "test_lossless_stress", "test_distribution", "test_kv_slots")
+PIECE_MIB = 56
+ROWS = (1, 4, 16, 64, 128)
+"""Rows of the products that are tried."""
+LARGEST_ERROR = {"int4": 0.13, "int8": 0.015, "fp8": 0.04}
+"""Of a product with normal weights, relative: what its precision costs, and bfloat16's rounding."""
+LEAST_ACCEPTED = {"native": 0.97, "int4": 0.5, "int8": 0.9, "fp8": 0.8}
+"""Of drafts for `SMALL` at temperature 1. Wrong products or graphs leave the text right and accept next to nothing.
+
+With stand-ins for the kernels, on a CPU, it is 1.0, 0.69, 0.98 and 0.91.
+"""
 REPETITIONS = 3
 MODES = {"target": "target_decode", "draft": "drafter_decode", "verify": "target_verify"}
 PLUGINS = "vllm.general_plugins"
@@ -95,6 +110,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+SMALL: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 2048} | {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+"""Shape of the random weights that stand in for a checkpoint: every kernel takes it."""
+
 LEFT_OUT = (
     "vllm/vllm-rs",
     "vllm/vllm_flash_attn/_vllm_fa2_C.",
@@ -127,9 +148,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=128, help="requests of a rollout")
     parser.add_argument("--longest", type=int, default=8192, help="most tokens of a rollout's answer")
     parser.add_argument("--rounds", type=int, default=2, help="rollouts per engine")
-    parser.add_argument("--checkpoint", help="small real weights for the greedy comparison")
+    parser.add_argument("--checkpoint", help="small weights for the stage correctness, random ones when left out")
     parser.add_argument("--runner", choices=("v1", "v2"), default="v2", help="vLLM's model runner")
-    parser.add_argument("--minutes", type=float, default=25, help="no new engine is started after this long")
+    parser.add_argument("--minutes", type=float, default=60, help="engines still at work after this long are ended")
     parser.add_argument("--site", type=Path, help="folder of vLLM and its requirements, made by `pack`, unpacked here")
     options = parser.parse_args(argv)
     if options.tiny:
@@ -258,6 +279,9 @@ class Run:
 
     def __init__(self, options: argparse.Namespace) -> None:
         sys.path.insert(0, str(ROOT))
+        if options.site is not None:
+            options.site = options.site.resolve()
+            sys.path.insert(1, str(options.site))
         from vllm_selfspec.provenance import provenance
 
         self.options = options
@@ -274,31 +298,51 @@ class Run:
         (self.options.out / "results.json").write_text(json.dumps(self.results, indent=1))
 
     def job(self, kind: str, **arguments: Any) -> dict[str, Any]:
-        """Run one engine in a process of its own; its result, or why there is none, is recorded."""
-        name = " ".join([kind, *(f"{key}={value}" for key, value in arguments.items() if key != "prompts")])
+        """Run one engine in a process of its own; what it answered is recorded, and why there is no more."""
+        name = " ".join([kind, *(f"{key}={value}" for key, value in arguments.items())])
         left = self.deadline - time.monotonic()
         if left <= 0:
-            result = {"error": "not run: --minutes are over"}
+            result: dict[str, Any] = {"error": "not run: --minutes are over"}
         else:
             print(f"[{time.strftime('%H:%M:%S')}] {name[:160]}", file=sys.stderr, flush=True)
             answer = self.scratch / f"{len(self.results['jobs'])}.json"
             request = {"kind": kind, "answer": str(answer), "options": self._plain_options(), **arguments}
-            log = self.options.out / f"job_{len(self.results['jobs']):02d}_{kind}.log"
-            with log.open("w") as output:
-                code = subprocess.run(
-                    [sys.executable, "-P", str(Path(__file__).resolve()), "job", json.dumps(request)],
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=self._environment(),
-                    check=False,
-                ).returncode
-            done = code == 0 and answer.exists()
-            result = json.loads(answer.read_text()) if done else {"error": f"exit code {code}, see {log.name}"}
+            start = time.monotonic()
+            error, said = self._run(request, name, left)
+            result = {"took_seconds": time.monotonic() - start}
+            if answer.exists():
+                result |= json.loads(answer.read_text())
+            if error is not None:
+                result |= {"error": error, "log": said[-3000:]}
         self.results["jobs"].append({"kind": kind, "name": name, **result})
         self.save()
         if "error" in result:
             print(f"    {result['error']}", file=sys.stderr, flush=True)
         return result
+
+    def _run(self, request: dict[str, Any], name: str, seconds: float) -> tuple[str | None, str]:
+        """The job in a process of its own, ended after so long: what went wrong, if something did, and its output."""
+        with (self.options.out / "jobs.log").open("a+b") as log:
+            log.write(f"\n===== {name}\n".encode())
+            log.flush()
+            begin = log.tell()
+            process = subprocess.Popen(
+                [sys.executable, "-P", str(Path(__file__).resolve()), "job", json.dumps(request)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(seconds)
+                error = None if code == 0 else f"exit code {code}"
+            except subprocess.TimeoutExpired:
+                error = "ended: --minutes are over"
+            with suppress(ProcessLookupError):  # also what it has started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            log.seek(begin)
+            return error, log.read().decode(errors="replace")
 
     def _plain_options(self) -> dict[str, Any]:
         return {name: str(value) if isinstance(value, Path) else value for name, value in vars(self.options).items()}
@@ -314,6 +358,8 @@ class Run:
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the sweep dictates draft lengths to the scheduler
         environment["HF_HUB_OFFLINE"] = "1"
+        environment["PYTHONUNBUFFERED"] = "1"
+        environment["TRITON_F32_DEFAULT"] = "ieee"  # float32 attention by Triton would be TF32, exact to three digits
         if self.options.device == "cuda":
             environment["VLLM_USE_V2_MODEL_RUNNER"] = "1" if self.options.runner == "v2" else "0"
             return environment
@@ -321,16 +367,22 @@ class Run:
 
         return environment | engine_environment(environment) | {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
+    def products(self) -> None:
+        self.job("products", shape=self.options.models[0])
+
     def correctness(self) -> None:
-        self.job("tests", names=list(ENGINE_TESTS[:1] if self.options.tiny else ENGINE_TESTS))
-        checkpoint = self.options.checkpoint
-        if checkpoint is None:
-            self.results["greedy"] = "not run: give small real weights with --checkpoint"
-            return
-        plain = self.job("greedy", model=checkpoint, selfspec=None)
-        for weights in ("native", "int8", "int4", "fp8"):
+        model = self.options.checkpoint
+        if model is None:
+            sys.path.insert(0, str(ROOT / "tests" / "engine"))
+            from tiny_models import write_checkpoint
+
+            model = str(write_checkpoint(self.scratch / "small", "llama", **SMALL))
+        for weights in LEAST_ACCEPTED:
+            self.job("drafts", model=model, drafter={"weights": weights, "lm_head": weights})
+        plain = self.job("greedy", model=model, drafter=None)
+        for weights in LEAST_ACCEPTED:
             drafter = {"weights": weights, "lm_head": "native"} | ({"skip_layers": [1]} if weights == "native" else {})
-            other = self.job("greedy", model=checkpoint, selfspec={"drafter": drafter})
+            other = self.job("greedy", model=model, drafter=drafter)
             if "outputs" not in plain or "outputs" not in other:
                 continue
             pairs = zip(plain["outputs"], other["outputs"], strict=True)
@@ -341,6 +393,10 @@ class Run:
             verdict = {"drafter": drafter, "compared": len(differences), "differ": found, "unexplained": unexplained}
             self.results.setdefault("greedy", []).append(verdict)
             self.save()
+
+    def tests(self) -> None:
+        for name in ENGINE_TESTS[-1:] if self.options.tiny else ENGINE_TESTS:
+            self.job("tests", name=name)
 
     def sweep(self) -> None:
         for model in self.options.models:
@@ -357,7 +413,7 @@ class Run:
                 gamma = control.pop("gamma", max(self.options.gammas))
                 selfspec = {"num_speculative_tokens": gamma, "control": control}
                 result = self.job("rollout", shape=shape, selfspec=selfspec, acceptance=acceptance)
-                if "error" not in plain and "error" not in result:
+                if "median_seconds" in plain and "median_seconds" in result:
                     ratio = plain["median_seconds"] / result["median_seconds"]
                     entry = {"acceptance": acceptance, "gamma": gamma, "control": control, "speedup": ratio}
                     self.results.setdefault("rollout", []).append(entry)
@@ -395,12 +451,139 @@ def use_synthetic_acceptance(rate: float) -> None:
     speculative_config.build = synthetic
 
 
+def keep(request: dict[str, Any], answer: dict[str, Any]) -> None:
+    """What a job has so far, for when it is ended."""
+    path = Path(request["answer"])
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(answer))
+    partial.replace(path)
+
+
+def shape_folder(name: str) -> str:
+    """Where a shape's config lies: always in the same place, which is part of the key of vLLM's compiled graphs."""
+    return str(write_shape(name, Path(tempfile.gettempdir()) / "selfspec-gpu-shapes"))
+
+
+def products_job(request: dict[str, Any]) -> dict[str, Any]:
+    """Every precision's product and refresh for every linear layer of a shape, random weights."""
+    import torch
+    from vllm.config import set_current_vllm_config
+
+    from vllm_selfspec.drafter.quantize import quantize, usable_precisions
+
+    options, config = request["options"], SHAPES[request["shape"]]
+    device = options["device"]
+    # Nothing is asked of this engine: vLLM's parameters want the process groups that one makes.
+    blocks = {"num_gpu_blocks_override": 16, "max_model_len": 256}
+    engine = build_engine(options, shape_folder("tiny"), None, load_format="dummy", enforce_eager=True, **blocks)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+
+    def relative_error(result: torch.Tensor, dense: torch.Tensor) -> float:
+        return float((result.float() - dense.float()).norm() / dense.float().norm())
+
+    dense = torch.nn.functional.linear
+    entries: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    with torch.inference_mode(), set_current_vllm_config(engine.llm_engine.vllm_config):
+        for layer, (outputs, inputs) in linear_layers(config).items():
+            weight, other, x = normal(outputs, inputs), normal(outputs, inputs), normal(max(ROWS), inputs)
+            times = {rows: milliseconds(partial(dense, x[:rows], weight), device) for rows in ROWS}
+            entries.append({"layer": layer, "precision": "native", "bytes": weight.nbytes, "ms": times})
+            for precision in LARGEST_ERROR:
+                if precision not in usable_precisions(device):
+                    continue
+                try:
+                    state = quantize(weight, precision)
+                    errors = [relative_error(state.apply(x[:rows], None), dense(x[:rows], weight)) for rows in ROWS]
+                    times = {rows: milliseconds(partial(state.apply, x[:rows], None), device) for rows in ROWS}
+                    refresh = milliseconds(partial(state.refresh, other), device)
+                    errors.append(relative_error(state.apply(x, None), dense(x, other)))
+                except Exception as error:  # the other kernels' results are worth having
+                    wrong.append(f"{precision} {layer}: {error!r}")
+                    continue
+                entry = {"layer": layer, "precision": precision, "bytes": state.nbytes, "ms": times}
+                entries.append(entry | {"refresh_ms": refresh, "largest_error": max(errors)})
+                if not all(error < LARGEST_ERROR[precision] for error in errors):  # one may be no number
+                    wrong.append(f"{precision} {layer}: errors {errors}")
+                keep(request, {"products": entries, "wrong": wrong})
+    engine.llm_engine.engine_core.shutdown()
+    return {"products": entries, "wrong": wrong}
+
+
+def linear_layers(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of a layer's matrices as vLLM merges them, and of the LM head."""
+    hidden, heads, kv_heads = shape["hidden_size"], shape["num_attention_heads"], shape["num_key_value_heads"]
+    head_dim, inner = hidden // heads, shape["intermediate_size"]
+    return {
+        "qkv": ((heads + 2 * kv_heads) * head_dim, hidden),
+        "o": (hidden, heads * head_dim),
+        "gate_up": (2 * inner, hidden),
+        "down": (hidden, inner),
+        "lm_head": (shape["vocab_size"], hidden),
+    }
+
+
+def milliseconds(function: Callable[[], object], device: str) -> float:
+    """Median time of a call, on a GPU the device's own and with an empty L2 cache."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return float(do_bench(function, warmup=5, rep=20, return_mode="median"))
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(seconds)
+
+
+def drafts_job(request: dict[str, Any]) -> dict[str, Any]:
+    """How many drafts are accepted in bfloat16, with graphs and the attention that an engine has by default."""
+    from vllm import SamplingParams
+
+    from vllm_selfspec.config import ConfigError
+
+    weights = request["drafter"]["weights"]
+    selfspec = {"num_speculative_tokens": 4, "control": {"mode": "fixed"}, "drafter": request["drafter"]}
+    try:
+        engine = build_engine(
+            request["options"], request["model"], selfspec, dtype="bfloat16", max_model_len=512, max_num_seqs=16
+        )
+    except ConfigError as error:
+        return {"refused": str(error)}
+    tokens = 32 if request["options"]["tiny"] else 128
+    result: dict[str, Any] = {"wrong": []}
+    before = Counter[str]()
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(temperature=temperature, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        engine.generate(random_prompts(engine), params, use_tqdm=False)
+        counts = Counter({metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")})
+        drafted, accepted = (
+            counts[name] - before[name]
+            for name in ("vllm:spec_decode_num_draft_tokens", "vllm:spec_decode_num_accepted_tokens")
+        )
+        before = counts
+        result[f"temperature {temperature:g}"] = {"drafted": drafted, "accepted": accepted / drafted}
+        if temperature and accepted / drafted < LEAST_ACCEPTED[weights]:
+            result["wrong"].append(f"{accepted / drafted:.3f} of the {weights} drafts accepted")
+    return result
+
+
+def random_prompts(engine: Any) -> list[dict[str, Any]]:
+    """Sixteen prompts of random tokens, of different lengths."""
+    dice = random.Random(0)
+    vocabulary = engine.llm_engine.model_config.get_vocab_size()
+    return [{"prompt_token_ids": [dice.randrange(1, vocabulary) for _ in range(8 + 5 * row)]} for row in range(16)]
+
+
 def tests_job(request: dict[str, Any]) -> dict[str, Any]:
-    """The project's engine tests, on this machine's device."""
-    folder = ROOT / "tests" / "engine"
-    files = [str(folder / f"{name}.py") for name in request["names"] if (folder / f"{name}.py").exists()]
+    """One file of the project's engine tests, on this machine's device."""
+    file = ROOT / "tests" / "engine" / f"{request['name']}.py"
     report = Path(request["answer"]).with_suffix(".xml")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *files]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", f"--junitxml={report}", str(file)]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     from xml.etree import ElementTree
 
@@ -412,34 +595,33 @@ def tests_job(request: dict[str, Any]) -> dict[str, Any]:
         for case in suite.iter("testcase")
         if case.find("failure") is not None or case.find("error") is not None
     ]
-    return {"files": [Path(file).name for file in files], **counts, "failed": failed, "exit_code": code}
+    return {**counts, "wrong": failed, "exit_code": code}
 
 
 def greedy_job(request: dict[str, Any]) -> dict[str, Any]:
-    """Greedy continuations in float32 of random token prompts, of different lengths and all at once."""
+    """Greedy continuations in float32 of random token prompts, all at once."""
     from vllm import SamplingParams
 
     from vllm_selfspec.config import ConfigError
 
+    drafter = request["drafter"]
     try:
         engine = build_engine(
             request["options"],
             request["model"],
-            request["selfspec"],
+            None if drafter is None else {"drafter": drafter},
             dtype="float32",
             max_model_len=512,
             max_num_seqs=16,
+            enforce_eager=True,
         )
     except ConfigError as error:
         return {"refused": str(error)}
-    dice = random.Random(0)
-    vocabulary = engine.llm_engine.model_config.get_vocab_size()
-    prompts = [{"prompt_token_ids": [dice.randrange(1, vocabulary) for _ in range(8 + 5 * row)]} for row in range(16)]
     tokens = 32 if request["options"]["tiny"] else 128
-    logprobs = None if request["selfspec"] else 2
+    logprobs = None if drafter else 2
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=logprobs, detokenize=False)
     outputs = []
-    for output in engine.generate(prompts, params, use_tqdm=False):
+    for output in engine.generate(random_prompts(engine), params, use_tqdm=False):
         best = output.outputs[0]
         entry: dict[str, Any] = {"tokens": list(best.token_ids)}
         if best.logprobs is not None:
@@ -454,34 +636,35 @@ def sweep_job(request: dict[str, Any]) -> dict[str, Any]:
     from vllm_selfspec.live_profile import profile_identity
 
     options, gamma = request["options"], request["gamma"]
-    longest = max(options["seqs"]) + longest_answer(gamma)
+    # Both the same for every draft length: they are part of the key of vLLM's compiled graphs.
+    longest = max(options["seqs"]) + longest_answer(max(options["gammas"]))
+    tokens = {batch * (1 + verified) for batch in options["batches"] for verified in (0, *options["gammas"])}
+    sizes = sorted({256, *(count for count in tokens if count <= 512)})
     control = {"mode": "off"}  # lengths are dictated; with "fixed" there would be no whole graphs without drafts
     capture_only_what_is_measured(options["batches"], gamma)
-    with tempfile.TemporaryDirectory() as folder:
-        engine = build_engine(
-            options,
-            str(write_shape(request["shape"], Path(folder))),
-            {"num_speculative_tokens": gamma, "control": control},
-            load_format="dummy",
-            max_model_len=longest,
-            max_num_seqs=max(options["batches"]),
-            enable_prefix_caching=False,
-        )
-        core = engine.llm_engine.engine_core.engine_core
-        config = core.vllm_config
-        capacity = config.cache_config.num_gpu_blocks * config.cache_config.block_size
-        rows: list[dict[str, Any]] = []
-        skipped = []
-        for batch in options["batches"]:
-            for seq in options["seqs"]:
-                if batch * (longest - max(options["seqs"]) + seq) > capacity:
-                    skipped.append([batch, seq])
-                    continue
-                measured = sweep_rows(request["shape"], batch, measure_steps(core, batch, seq, gamma))
-                # T_T belongs to every draft length's engine; one copy of it is enough.
-                rows += [row for row in measured if row["gamma"] or gamma == min(options["gammas"])]
-        identity = profile_identity(config, config.speculative_config.selfspec)
-    return {"rows": rows, "skipped_for_memory": skipped, "identity": vars(identity)}
+    engine = build_engine(
+        options,
+        shape_folder(request["shape"]),
+        {"num_speculative_tokens": gamma, "control": control},
+        load_format="dummy",
+        max_model_len=longest,
+        max_num_seqs=max(options["batches"]),
+        enable_prefix_caching=False,
+        compilation_config={"cudagraph_capture_sizes": sizes},
+    )
+    core = engine.llm_engine.engine_core.engine_core
+    config = core.vllm_config
+    capacity = config.cache_config.num_gpu_blocks * config.cache_config.block_size
+    identity = vars(profile_identity(config, config.speculative_config.selfspec))
+    result: dict[str, Any] = {"rows": [], "skipped_for_memory": [], "identity": identity}
+    for batch in options["batches"]:
+        for seq in options["seqs"]:
+            if batch * (longest - max(options["seqs"]) + seq) > capacity:
+                result["skipped_for_memory"].append([batch, seq])
+                continue
+            result["rows"] += sweep_rows(request["shape"], batch, measure_steps(core, batch, seq, gamma))
+            keep(request, result)
+    return result
 
 
 def capture_only_what_is_measured(batches: Sequence[int], gamma: int) -> None:
@@ -531,42 +714,51 @@ def rollout_job(request: dict[str, Any]) -> dict[str, Any]:
         use_synthetic_acceptance(request["acceptance"])
     lengths = answer_lengths(options["requests"], options["longest"])
     prompt = 16 if options["tiny"] else 256
-    with tempfile.TemporaryDirectory() as folder:
-        engine = build_engine(
-            options,
-            str(write_shape(request["shape"], Path(folder))),
-            request["selfspec"],
-            load_format="dummy",
-            max_model_len=prompt + options["longest"] + 64,
-            max_num_seqs=options["requests"],
-            enable_prefix_caching=False,
-        )
-        dice = random.Random(1)
-        vocabulary = engine.llm_engine.model_config.get_vocab_size()
-        prompts = [{"prompt_token_ids": [dice.randrange(1, vocabulary) for _ in range(prompt)]} for _ in lengths]
+    engine = build_engine(
+        options,
+        shape_folder(request["shape"]),
+        request["selfspec"],
+        load_format="dummy",
+        max_model_len=prompt + options["longest"] + 64,
+        max_num_seqs=options["requests"],
+        enable_prefix_caching=False,
+    )
+    dice = random.Random(1)
+    vocabulary = engine.llm_engine.model_config.get_vocab_size()
+    prompts = [{"prompt_token_ids": [dice.randrange(1, vocabulary) for _ in range(prompt)]} for _ in lengths]
 
-        def rollout(tokens: Sequence[int]) -> float:
-            params = [SamplingParams(temperature=1, max_tokens=n, ignore_eos=True, detokenize=False) for n in tokens]
-            start = time.perf_counter()
-            outputs = engine.generate(prompts, params, use_tqdm=False)
-            seconds = time.perf_counter() - start
-            got = [len(output.outputs[0].token_ids) for output in outputs]
-            assert got == list(tokens), "an answer has another length than asked for"
-            return seconds
+    def rollout(tokens: Sequence[int]) -> float:
+        params = [SamplingParams(temperature=1, max_tokens=n, ignore_eos=True, detokenize=False) for n in tokens]
+        start = time.perf_counter()
+        outputs = engine.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        got = [len(output.outputs[0].token_ids) for output in outputs]
+        assert got == list(tokens), "an answer has another length than asked for"
+        return seconds
 
-        rollout([min(16, length) for length in lengths])  # warm-up
-        seconds = [rollout(lengths) for _ in range(options["rounds"])]
-    return {
+    rollout([min(16, length) for length in lengths])  # warm-up
+    result: dict[str, Any] = {
         "synthetic_acceptance": request["acceptance"] if synthetic else None,
         "tokens": sum(lengths),
-        "seconds": seconds,
-        "median_seconds": statistics.median(seconds),
-        "tokens_per_second": sum(lengths) / statistics.median(seconds),
         "target_bytes_per_step": parameter_bytes(SHAPES[request["shape"]]),
+        "seconds": [],
     }
+    for _ in range(options["rounds"]):
+        result["seconds"].append(rollout(lengths))
+        median = statistics.median(result["seconds"])
+        result |= {"median_seconds": median, "tokens_per_second": sum(lengths) / median}
+        keep(request, result)
+    return result
 
 
-JOBS = {"tests": tests_job, "greedy": greedy_job, "sweep": sweep_job, "rollout": rollout_job}
+JOBS = {
+    "products": products_job,
+    "drafts": drafts_job,
+    "greedy": greedy_job,
+    "sweep": sweep_job,
+    "rollout": rollout_job,
+    "tests": tests_job,
+}
 
 
 def pack(site_packages: Path, pieces: Path, piece_mib: float = PIECE_MIB) -> list[Path]:
@@ -597,8 +789,7 @@ def main(argv: Sequence[str]) -> int:
     if argv[:1] == ["job"]:
         sys.path.insert(0, str(ROOT))
         request = json.loads(argv[1])
-        answer = JOBS[request["kind"]](request)
-        Path(request["answer"]).write_text(json.dumps(answer))
+        keep(request, JOBS[request["kind"]](request))
         return 0
     if argv[:1] == ["pack"]:
         if len(argv) != 3:
@@ -609,7 +800,8 @@ def main(argv: Sequence[str]) -> int:
     for stage in run.options.stages:
         getattr(run, stage)()
     run.save()
-    failed = [job["name"] for job in run.results["jobs"] if "error" in job or job.get("exit_code")]
+    failed = [job["name"] for job in run.results["jobs"] if "error" in job or job.get("exit_code") or job.get("wrong")]
+    failed += [f"greedy {verdict['drafter']}" for verdict in run.results.get("greedy", []) if verdict["unexplained"]]
     summary = {"jobs": len(run.results["jobs"]), "failed": failed, "results": str(run.options.out / "results.json")}
     print(json.dumps(summary | {"rollout": run.results.get("rollout", [])}))
     return 1 if failed else 0

@@ -699,6 +699,28 @@ def test_the_shapes_have_their_models_sizes(script: Any, tmp_path: Path) -> None
         assert script.parameter_bytes(shape, 1) + embedding == pytest.approx(parameters, rel=0.001)
 
 
+def test_the_products_are_those_of_the_shape(script: Any) -> None:
+    for name, shape in script.SHAPES.items():
+        sizes = {layer: outputs * inputs for layer, (outputs, inputs) in script.linear_layers(shape).items()}
+        assert (
+            script.parameter_bytes(shape, 1)
+            == shape["num_hidden_layers"] * (sum(sizes.values()) - sizes["lm_head"]) + sizes["lm_head"]
+        ), name
+
+
+def test_a_job_that_is_ended_keeps_what_it_has(script: Any, tmp_path: Path) -> None:
+    """It has a second, in which no engine starts."""
+    out = tmp_path / "out"
+    run = script.Run(script.parse_arguments(["--out", str(out), "--device", "cpu", "--tiny", "--minutes", "0.02"]))
+    (run.scratch / "0.json").write_text('{"rows": [1]}')  # as if the job had written it
+    assert run.job("products", shape="tiny")["rows"] == [1]
+    assert run.job("products", shape="tiny") == {"error": "not run: --minutes are over"}
+    first, second = json.loads((out / "results.json").read_text())["jobs"]
+    assert first["error"] == "ended: --minutes are over" and 1 < first["took_seconds"] < 30
+    assert "products shape=tiny" in (out / "jobs.log").read_text()
+    assert {path.name for path in out.iterdir()} == {"results.json", "jobs.log"}
+
+
 def test_component_times_are_told_apart(script: Any, tmp_path: Path) -> None:
     target, draft, verify = 0.010, 0.004, 0.012
 

@@ -18,8 +18,11 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
-USUAL_REJECTION_RATIO = 1.8
-"""How many times as often a light view is rejected as the main one, where nothing is known of it."""
+USUAL_REJECTION_RATIO = 2.5
+"""How many times as often a light view is rejected as the main one, where nothing is known of it.
+
+The median of what `benchmarks/view_rejections.py` counted: docs/measurements.md.
+"""
 
 
 class AcceptanceEstimator:
@@ -208,7 +211,7 @@ class RejectionRatio:
         self,
         ratio: float = USUAL_REJECTION_RATIO,
         *,
-        strength: float = 2.0,
+        strength: float = 4.0,
         window: float = 150.0,
         memory: float = 4096.0,
     ) -> None:
