@@ -266,12 +266,12 @@ def first_difference(plain: dict[str, Any], other: dict[str, Any]) -> dict[str, 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The sweep so far, whole, in place of what was there."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
+    unfinished = path.with_suffix(".partial")
+    with unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    partial.replace(path)
+    unfinished.replace(path)
 
 
 class Run:
@@ -454,9 +454,9 @@ def use_synthetic_acceptance(rate: float) -> None:
 def keep(request: dict[str, Any], answer: dict[str, Any]) -> None:
     """What a job has so far, for when it is ended."""
     path = Path(request["answer"])
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(answer))
-    partial.replace(path)
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_text(json.dumps(answer))
+    unfinished.replace(path)
 
 
 def shape_folder(name: str) -> str:
