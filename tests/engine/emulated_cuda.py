@@ -132,6 +132,7 @@ def _play_torch() -> None:
             "max_memory_allocated": lambda device=None: 0,
             "mem_get_info": lambda device=None: (MEMORY, MEMORY),
         },
+        torch.Tensor: {"record_stream": lambda self, stream: None},
         torch.cuda.memory: {"get_allocator_backend": lambda: "emulated"},
         torch.accelerator: {
             "current_device_index": lambda: 0,
