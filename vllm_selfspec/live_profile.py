@@ -15,6 +15,7 @@ import json
 import os
 import random
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -80,18 +81,25 @@ def cost_model(core: Any, settings: SelfSpecConfig, light_view: bool) -> CostMod
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"control.profile {settings.control.profile!r}: {error}") from error
         return named
-    path = cache_path(identity)
-    if path.exists():
-        logger.info("selfspec uses the cached profile %s.", path)
-        return CostModel.from_profile(path)
+    path = cache_path(identity, core.vllm_config)
+    try:
+        if path.exists():
+            logger.info("selfspec uses the cached profile %s.", path)
+            return CostModel.from_profile(path)
+    except (OSError, ValueError) as error:
+        logger.warning("selfspec cannot read its cached profile %s (%s) and measures again.", path, error)
     model = measure(core, settings, identity, light_view)
     if model is None:
         return None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    model.save(partial)
-    partial.replace(path)
-    logger.info("selfspec saved its profile to %s.", path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            partial = Path(folder) / path.name
+            model.save(partial)
+            partial.replace(path)
+        logger.info("selfspec saved its profile to %s.", path)
+    except OSError as error:
+        logger.warning("selfspec cannot keep its profile for the next start: %s", error)
     return model
 
 
@@ -117,9 +125,23 @@ def profile_identity(config: VllmConfig, settings: SelfSpecConfig) -> ProfileIde
     )
 
 
-def cache_path(identity: ProfileIdentity) -> Path:
-    """Where the measured profile of `identity` is kept."""
-    key = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+def cache_path(identity: ProfileIdentity, config: VllmConfig) -> Path:
+    """Where the measured profile of an engine is kept.
+
+    A profile that is named is the user's choice. One that is found must not only be of this identity: its engine had
+    the same batches to measure, the same cores and the same kind of graphs.
+    """
+    cores = [os.environ.get(name) for name in ("VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS")]
+    details = (
+        config.scheduler_config.max_num_seqs,
+        config.parallel_config.tensor_parallel_size,
+        config.lora_config is not None,
+        config.cache_config.cache_dtype,
+        str(config.compilation_config.mode),
+        str(config.compilation_config.cudagraph_mode),
+        cores if current_platform.is_cpu() else None,
+    )
+    key = hashlib.sha256(repr((identity, details)).encode()).hexdigest()[:16]
     return cache_dir() / "profiles" / f"{key}.json"
 
 

@@ -125,6 +125,12 @@ EVERYWHERE = (
         "vllm_selfspec.metrics:record",
     ),
     Seam(
+        "vllm.sampling_params:SamplingParams.verify",
+        "a request whose own limit of drafts is no number is refused before it reaches the engine",
+        ("self", "model_config", "speculative_config"),
+        "vllm_selfspec.speculative_config:verify_sampling_params",
+    ),
+    Seam(
         "vllm.v1.engine.core:EngineCore.__init__",
         "weights on a CPU move to huge pages; an adaptive engine times itself, or loads its profile, before requests",
         ("self", "vllm_config"),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_selfspec.errors import UsageError
+from vllm_selfspec.errors import UsageError, write_whole
 
 Mode = Literal["plain", "selfspec"]
 
@@ -186,7 +186,7 @@ class RolloutRun(_Model):
     def save(self, path: Path) -> None:
         """Write the run as JSON, with its summary beside the raw counts."""
         data = self.model_dump(mode="json") | {"summary": self.summary()}
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(data, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "RolloutRun":

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import ParallelConfig, VllmConfig
@@ -23,7 +23,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_selfspec.config import ConfigError, SelfSpecConfig
+from vllm_selfspec.config import SelfSpecConfig
 from vllm_selfspec.control.alarm import AcceptanceAlarm
 from vllm_selfspec.control.cost_model import CostModel
 from vllm_selfspec.control.policy import Controller, ControlSettings, Decision, Reason, StepObservation, StepState
@@ -31,24 +31,25 @@ from vllm_selfspec.drafter.refresh import RefreshCost
 from vllm_selfspec.drafter.runner import drafts_follow_the_result
 from vllm_selfspec.metrics import STATS_KEY, StepStats
 from vllm_selfspec.plugin import older_than
-from vllm_selfspec.speculative_config import draft_together, one_scheduler_per_rank
+from vllm_selfspec.speculative_config import draft_together, one_scheduler_per_rank, request_cap
 
 logger = init_logger("vllm.selfspec")
 
-REQUEST_CAP = "selfspec_max_draft_tokens"
-"""Key of `SamplingParams.extra_args`: the most tokens drafted in one step for this request; 0 switches drafting off."""
 
-
-def control_settings(settings: SelfSpecConfig, parallel: ParallelConfig) -> ControlSettings:
-    """The controller's settings of a selfspec config.
+def control_settings(settings: SelfSpecConfig, parallel: ParallelConfig, light_view: bool = False) -> ControlSettings:
+    """The controller's settings of a selfspec config, for a drafter that has a light view to choose or not.
 
     Ranks that schedule for themselves see the same requests and tokens, but each its own step times: they do not learn
     from those, and so decide alike.
     """
+    control = settings.control.model_dump(exclude={"profile"})
+    if control["acceptance_prior"] is None:
+        control["acceptance_prior"] = settings.drafter.usual_acceptance(light_view)
     return ControlSettings(
         max_draft_tokens=settings.num_speculative_tokens,
         learn=not one_scheduler_per_rank(parallel),
-        **settings.control.model_dump(exclude={"profile"}),
+        light_view=light_view,
+        **control,
     )
 
 
@@ -114,7 +115,8 @@ class SelfSpecScheduling(Scheduler):
         Args:
             light_view: the drafter has a light view to choose.
         """
-        settings = replace(self._controller.settings, light_view=light_view)
+        config = self.vllm_config
+        settings = control_settings(config.speculative_config.selfspec, config.parallel_config, light_view)
         self._controller = Controller(settings, model, max_batch=self.scheduler_config.max_num_seqs)
 
     @contextmanager
@@ -138,10 +140,7 @@ class SelfSpecScheduling(Scheduler):
 
     def add_request(self, request: Request) -> None:
         params = request.sampling_params
-        if params is not None and params.extra_args and REQUEST_CAP in params.extra_args:
-            cap = params.extra_args[REQUEST_CAP]
-            if not isinstance(cap, int) or isinstance(cap, bool) or cap < 0:
-                raise ConfigError(f"extra_args[{REQUEST_CAP!r}] is {cap!r}: give a whole number from 0 up.")
+        if params is not None and (cap := request_cap(params.extra_args)) is not None:
             self._caps[request.request_id] = cap
         super().add_request(request)
 
@@ -195,6 +194,12 @@ class SelfSpecScheduling(Scheduler):
             drafts = output.scheduled_spec_decode_tokens.get(request_id)
             prefill += num_tokens - 1 - (len(drafts) if drafts else 0)
             left = min(request.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens) - 2
+            if left < 3 * longest:  # what steps in flight will yield, this one's drafts among it
+                left -= request.num_output_placeholders
+                if drafts:
+                    ratio = self._controller.rejection_ratio.ratio if self._light_drafts else 1.0
+                    tokens = self._controller.acceptance.expected_tokens_at(ratio)
+                    left -= round(tokens[min(len(drafts), len(tokens) - 1)]) - 1
             cap = min(left, self._caps.get(request_id, longest))
             if cap < longest:
                 caps.append(max(0, cap))
@@ -248,7 +253,10 @@ class SelfSpecScheduling(Scheduler):
             if observation is not None:
                 self._observations.append(observation)
             return
-        self._refresh_cost = getattr(result, "selfspec_refresh_cost", self._refresh_cost)
+        cost = getattr(result, "selfspec_refresh_cost", self._refresh_cost)
+        if cost.layers > self._refresh_cost.layers:
+            self._controller.drafter_has_changed()
+        self._refresh_cost = cost
         sampled, rows = result.sampled_token_ids, result.req_id_to_index
         for request_id, drafts in step.output.scheduled_spec_decode_tokens.items():
             row = rows.get(request_id)

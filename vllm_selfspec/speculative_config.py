@@ -12,8 +12,10 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
+from vllm import envs
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
 from vllm.config.utils import config
+from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 
 from vllm_selfspec.config import ConfigError, DrafterConfig, SelfSpecConfig
@@ -21,6 +23,9 @@ from vllm_selfspec.drafter import exit_head
 from vllm_selfspec.drafter.cpu_kernels import library_in_use
 from vllm_selfspec.drafter.runner import choose_runner, every_draft_length
 from vllm_selfspec.plugin import register
+
+REQUEST_CAP = "selfspec_max_draft_tokens"
+"""Key of `SamplingParams.extra_args`: the most tokens drafted in one step for this request; 0 switches drafting off."""
 
 
 @config
@@ -99,6 +104,36 @@ def build(
     )
 
 
+def request_cap(extra_args: dict[str, Any] | None) -> int | None:
+    """The most tokens that one request allows to be drafted for it, None where it does not say.
+
+    Raises:
+        ConfigError: it is no whole number from 0 up.
+    """
+    cap = (extra_args or {}).get(REQUEST_CAP)
+    if cap is not None and (not isinstance(cap, int) or isinstance(cap, bool) or cap < 0):
+        raise ConfigError(f"extra_args[{REQUEST_CAP!r}] is {cap!r}: give a whole number from 0 up.")
+    return cap
+
+
+def verify_sampling_params(
+    original: Callable[..., None], self: Any, model_config: Any, speculative_config: Any, *args: Any, **kwargs: Any
+) -> None:
+    """`SamplingParams.verify`, which refuses a request before it reaches the engine, where an error ends all."""
+    if isinstance(speculative_config, SelfSpecSpeculativeConfig):
+        try:
+            request_cap(self.extra_args)
+        except ConfigError as error:
+            raise VLLMValidationError(str(error), parameter="extra_args") from error
+        if getattr(self, "logprob_token_ids", None) and envs.VLLM_USE_V2_MODEL_RUNNER is False:
+            raise VLLMValidationError(
+                "logprob_token_ids does not work with method selfspec on model runner V1, whose rejection sampler has "
+                "no log-probabilities of given tokens: ask for logprobs instead.",
+                parameter="logprob_token_ids",
+            )
+    original(self, model_config, speculative_config, *args, **kwargs)
+
+
 def keep_draft_lengths(original: Callable[..., None], self: VllmConfig) -> None:
     """`VllmConfig._maybe_disable_dynamic_sd_for_data_parallel`, which takes the table of draft lengths away.
 
@@ -140,6 +175,10 @@ def check_engine(settings: SelfSpecConfig, model: ModelConfig, parallel: Paralle
             "distributed_executor_backend 'external_launcher' runs one scheduler per rank, and with control.profile "
             "'auto' each would measure times of its own and choose other draft lengths: set control.profile to the "
             "path of one profile, or control.mode to 'fixed'."
+        )
+    if model.enable_prompt_embeds:
+        raise ConfigError(
+            "enable_prompt_embeds does not work with method selfspec, which drafts from tokens: remove one of the two."
         )
     if model.is_encoder_decoder:
         raise ConfigError("method selfspec does not support encoder-decoder models: remove the speculative config.")

@@ -348,7 +348,7 @@ def propose(speculator: Any, batch: list[dict[str, Any]], **arguments: Any) -> t
     speculator.block_tables = fake_block_tables([request["blocks"] for request in batch], speculator.max_num_reqs)
     last = torch.zeros(speculator.max_num_reqs, 1, dtype=torch.int64)
     for request in batch:
-        speculator.block_tables.num_blocks.gpu[0, request["state"]] = len(request["blocks"])
+        speculator._num_blocks[request["state"]] = len(request["blocks"])
         last[request["state"]] = request["last"]
     seq_lens = torch.tensor([request["seq_len"] for request in batch], dtype=torch.int32)
     input_batch = SimpleNamespace(

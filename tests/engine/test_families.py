@@ -99,6 +99,17 @@ def test_requests_have_the_whole_batch_for_their_prompts(tiny: Callable[..., str
     assert steps[0] == steps[1] == [64]
 
 
+def test_a_request_near_its_end_drafts_no_more_than_it_can_use(tiny: Callable[..., str]) -> None:
+    """Twelve tokens: one with the prompt, five and five with accepted drafts, and the last one without any."""
+    drafter = {"weights": "native", "lm_head": "native"}
+    settings = {"num_speculative_tokens": 4, "drafter": drafter, "control": {"mode": "fixed"}}
+    with engine(tiny("llama"), settings, **ENGINE) as llm:
+        drive(llm, [Job(random_prompt(8, 0), greedy(128))])  # shows that all drafts are accepted
+        seen = watch(llm)
+        drive(llm, [Job(random_prompt(8, 1), greedy(12))])
+    assert seen.acceptance == 1.0 and seen.drafted == 8
+
+
 @pytest.mark.parametrize("lm_head", ["native", "int8"])
 def test_a_head_of_another_dtype(lm_head: str, tiny: Callable[..., str]) -> None:
     """`head_dtype` is for the target's head; a quantized one computes in the model's dtype."""

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny_models import write_checkpoint
 from vllm import LLM, SamplingParams
 
-from vllm_selfspec.drafter.refresh import IDLE_SECONDS
+from vllm_selfspec.drafter.refresh import IDLE_SECONDS, WeightTap
 
 PROMPTS = [[7, 11, 13, 17, 19], [23, 29, 31]]
 SPEC = {"method": "selfspec", "num_speculative_tokens": 3, "drafter": {"weights": "int8", "lm_head": "int8"}}
@@ -112,6 +112,34 @@ def test_reload_weights(
     assert told["vllm:selfspec_refreshed_layers"].value == report["total_layers"] - report["layers"]
     seconds = told["vllm:selfspec_refresh_seconds"]
     assert seconds.count == 1 and 0 < seconds.sum <= report["total_seconds"]
+
+
+@pytest.mark.parametrize("layers", [2, 16, 32, 48, 80])
+@pytest.mark.parametrize("kind", ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])
+def test_a_write_into_one_kind_of_layer_is_noticed(kind: str, layers: int) -> None:
+    """As where an adapter is merged; a layer has the six tensors of Llama's."""
+    model = torch.nn.Module()
+    model.embed_tokens = torch.nn.Embedding(64, 64)
+    model.layers = torch.nn.ModuleList()
+    tap = WeightTap(None, lambda _: "int8")
+    written = []
+    for _ in range(layers):
+        layer = torch.nn.Module()
+        for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
+            linear = torch.nn.Linear(64, 64, bias=False)
+            setattr(layer, name, linear)
+            tap.capture(linear, linear.weight)
+            written += [linear] if name == kind else []
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            setattr(layer, name, torch.nn.LayerNorm(64, bias=False))
+        model.layers.append(layer)
+    model.load_weights = lambda _: None
+    tap.watch(model)
+    assert tap.refresh() == 0
+    for linear in written:
+        linear.weight.data.add_(1)
+    tap._last_proposal = float("-inf")  # after a pause
+    assert tap.refresh() == 4 * layers
 
 
 def load_whole(llm: LLM, state: dict[str, torch.Tensor]) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from engines import BLOCK, engine, generate, greedy, random_prompt
+from engines import BLOCK, engine, generate, greedy, random_prompt, scheduler_of
 
 from vllm_selfspec import live_profile
 from vllm_selfspec.config import SelfSpecConfig
+from vllm_selfspec.control.cost_model import CostModel
 from vllm_selfspec.control.policy import StepObservation
 from vllm_selfspec.live_profile import measure, points_of, run_batch
 
@@ -91,15 +93,49 @@ def test_a_cached_profile_belongs_to_the_kernels_and_the_runner_it_was_measured_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = SimpleNamespace(model="m", dtype="bfloat16", enforce_eager=False, compute_hash=lambda: "0" * 16)
-    config = SimpleNamespace(model_config=model, parallel_config=SimpleNamespace(tensor_parallel_size=1))
+    config = SimpleNamespace(
+        model_config=model,
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        scheduler_config=SimpleNamespace(max_num_seqs=16),
+        lora_config=None,
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        compilation_config=SimpleNamespace(mode=3, cudagraph_mode=0),
+    )
+
+    def path() -> Path:
+        return live_profile.cache_path(live_profile.profile_identity(config, settings), config)
+
     settings = SelfSpecConfig.parse({"method": "selfspec"})
     paths = set()
     for library in ("cpu_rows-1.so", "cpu_rows-2.so"):
         monkeypatch.setattr(live_profile, "library_in_use", lambda library=library: library)
         for v2 in (False, True):
             config.use_v2_model_runner = v2
-            paths.add(live_profile.cache_path(live_profile.profile_identity(config, settings)))
+            paths.add(path())
     assert len(paths) == 4
+    config.scheduler_config.max_num_seqs = 64  # whose larger batches the other engine has not measured
+    paths.add(path())
+    config.parallel_config.tensor_parallel_size = 2
+    paths.add(path())
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
+    paths.add(path())
+    assert len(paths) == 7
+
+
+def test_a_cache_that_cannot_be_used_does_not_keep_an_engine_from_starting(
+    tiny: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with engine(tiny(), {}, max_num_seqs=2) as llm:
+        assert scheduler_of(llm)._controller.times.cost_model is not None
+        generate(llm, [random_prompt(8, 0)], greedy(4))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with engine(tiny(), {}, max_num_seqs=2):
+        (kept,) = tmp_path.glob("vllm-selfspec/profiles/*")
+    kept.write_text("{")
+    with engine(tiny(), {}, max_num_seqs=2):
+        CostModel.from_profile(kept)
 
 
 def test_long_contexts_are_measured_without_computing_them(tiny: Callable[..., str]) -> None:

@@ -268,6 +268,7 @@ REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("pipeline_parallel_size", {}, {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}),
     ("scheduler_cls", {}, {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}),
     ("runner", {}, {"runner": "pooling"}),
+    ("enable_prompt_embeds", {}, {"enable_prompt_embeds": True}),
 ]
 
 

@@ -16,6 +16,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -111,6 +112,22 @@ def test_a_request_can_switch_drafting_off(server: str, client: openai.OpenAI) -
     extra = {"vllm_xargs": {"selfspec_max_draft_tokens": 0}}
     client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=8, extra_body=extra)
     assert counter(server, "vllm:spec_decode_num_draft_tokens_total") == drafted
+
+
+@pytest.mark.parametrize("limit", ["0", -1, 1.5])
+def test_a_request_with_a_limit_that_is_none_is_refused_alone(limit: Any, client: openai.OpenAI) -> None:
+    extra = {"vllm_xargs": {"selfspec_max_draft_tokens": limit}}
+    with pytest.raises(openai.BadRequestError, match="give a whole number from 0 up"):
+        client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=8, extra_body=extra)
+    client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=8)
+
+
+def test_log_probabilities_of_given_tokens_are_refused_alone(client: openai.OpenAI) -> None:
+    """Beside another request's they ended the engine."""
+    extra = {"logprob_token_ids": [11, 22]}
+    with pytest.raises(openai.BadRequestError, match="ask for logprobs instead"):
+        client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=8, logprobs=True, extra_body=extra)
+    client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=8, logprobs=True, top_logprobs=5)
 
 
 def test_refresh_over_http(server: str) -> None:

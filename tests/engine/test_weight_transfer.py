@@ -25,7 +25,7 @@ from vllm_selfspec.compat import tied_lm_head
 from vllm_selfspec.plugin import TIED_LM_HEAD
 from vllm_selfspec.rollout import register_weight_transfer
 from vllm_selfspec.rollout.transfer import FileTrainerInitInfo
-from vllm_selfspec.rollout.weights import BACKEND
+from vllm_selfspec.rollout.weights import BACKEND, WeightStore
 
 PROMPTS = [{"prompt_token_ids": list(range(start, start + 40))} for start in (3, 90, 200)]
 Logprobs = list[dict[int, float]]
@@ -280,3 +280,12 @@ def test_a_real_trainer_updates_a_real_server(tiny: Callable[..., str], tmp_path
         after = completion(url)
         assert httpx.get(f"{url}/weight_info").json() == {"weight_version": "1"}
     assert after == want[0, 40:].tolist() != before
+
+
+def test_a_version_whose_number_comes_again_keeps_its_file(tmp_path: Path) -> None:
+    store = WeightStore(tmp_path)
+    paths = []
+    for version in (1, 2, 1, 2, 1):
+        paths.append(store.put({"a": torch.full((2,), float(len(paths)))}, version))
+        store.keep(paths[-1])
+    assert [path.exists() for path in paths] == [False] * 3 + [True] * 2

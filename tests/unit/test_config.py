@@ -32,7 +32,24 @@ def test_every_field_arrives():
 
 def test_the_controllers_own_defaults_are_those_of_the_flag():
     control = SelfSpecConfig.parse({"method": "selfspec"}).control.model_dump(exclude={"profile"})
+    assert control.pop("acceptance_prior") is None
     assert ControlSettings(**control) == ControlSettings()
+
+
+@pytest.mark.parametrize(
+    ("drafter", "light_view", "acceptance"),
+    [
+        ({}, True, 0.95),
+        ({}, False, 0.9),
+        ({"weights": "int8"}, False, 0.95),
+        ({"weights": "int4"}, False, 0.9),
+        ({"weights": "int8", "exit_layer": 3}, False, 0.8),
+        ({"skip_layers": [1]}, True, 0.8),
+    ],
+)
+def test_what_is_assumed_of_a_drafter_before_it_has_drafted(drafter, light_view, acceptance):
+    config = SelfSpecConfig.parse({"method": "selfspec", "drafter": drafter})
+    assert config.drafter.usual_acceptance(light_view) == acceptance
 
 
 @pytest.mark.parametrize(

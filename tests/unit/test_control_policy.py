@@ -488,11 +488,14 @@ class Machine:
         self.jumps = 0.0  # probability that a step finds the machine faster or slower than before, by `slow`
         self.slow = 1.4
         self.speed = 1.0
+        self.prompts_every = 0  # steps from one that sees a prompt come to the next
+        self.stall = 0.0  # seconds that the first step of a probe stands still
 
     def run(self, controller: Controller, steps: int) -> list[Decision]:
         decisions = []
-        for _ in range(steps):
-            decision = controller.decide(StepState(self.batch, 512))
+        for number in range(steps):
+            waiting = 1000 if self.prompts_every and number % self.prompts_every == 0 else 0
+            decision = controller.decide(StepState(self.batch, 512, pending_prefill_tokens=waiting))
             decisions.append(decision)
             drafted = decision.num_draft_tokens
             times = self.truth.step_times(self.batch, 512, 7)
@@ -509,6 +512,8 @@ class Machine:
                 if self.verified:
                     controller.observe_acceptance(self.verified, accepted, light=self.verified_light)
             probe, light = decision.reason is Reason.PROBE, bool(decision.light)
+            if probe:
+                seconds, self.stall = seconds + self.stall, 0.0
             controller.observe_step(
                 StepObservation(seconds, self.batch, 512, self.verified, drafted, probe=probe, light=light)
             )
@@ -519,6 +524,7 @@ class Machine:
 
 GOOD = _model(0.010, 2e-5, 0.003)  # drafting pays
 BAD = _model(0.010, 2e-3, 0.009)  # it does not at a batch of 8
+DEAR = _model(0.010, 2e-5, 0.012)  # nowhere
 
 
 def _share_drafting(decisions: list[Decision]) -> float:
@@ -555,6 +561,35 @@ def test_a_profile_that_says_always_is_found_out() -> None:
     assert machine.run(controller, 1)[0].num_draft_tokens > 0
     machine.run(controller, 300)
     assert _share_drafting(machine.run(controller, 400)) < 0.1
+
+
+def test_a_profile_that_says_never_is_found_out_beside_prompts() -> None:
+    """Of a step before a prompt decoding has little; probes are paid from the time of whole steps."""
+    controller = Controller(ControlSettings(), DEAR)
+    machine = Machine(GOOD, 0.95, 8)
+    machine.prompts_every = 50
+    machine.run(controller, 1500)
+    assert _share_drafting(machine.run(controller, 200)) > 0.9
+
+
+def test_a_profile_that_says_never_is_found_out_though_the_machine_stood_still() -> None:
+    """It takes more than the one probe in which that happened."""
+    controller = Controller(ControlSettings(), _model(0.010, 2e-5, 0.020))
+    machine = Machine(_model(0.010, 2e-5, 0.006), 0.8, 4)
+    machine.stall = 30.0
+    machine.run(controller, 3000)
+    assert _share_drafting(machine.run(controller, 200)) > 0.9
+
+
+def test_a_drafter_that_follows_new_weights_is_tried_again() -> None:
+    controller = Controller(ControlSettings(), GOOD)
+    machine = Machine(GOOD, 0.05, 4)
+    machine.run(controller, 400)
+    assert _share_drafting(machine.run(controller, 100)) < 0.1
+    machine.acceptance = 0.98
+    controller.drafter_has_changed()
+    machine.run(controller, 300)
+    assert _share_drafting(machine.run(controller, 200)) > 0.9
 
 
 def test_collapsed_acceptance_stops_drafting_and_recovery_restarts_it() -> None:

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from vllm_selfspec.errors import EngineError, write_whole
 from vllm_selfspec.rollout import (
     DummyWorker,
     GenerateRequest,
@@ -33,6 +34,7 @@ from vllm_selfspec.rollout import (
     write_samples,
 )
 from vllm_selfspec.rollout.types import WorkerInfo
+from vllm_selfspec.rollout.weights import weight_files
 
 PARAMS = {"max_tokens": 8}
 
@@ -166,6 +168,7 @@ def test_requests_that_make_no_sense_are_refused_at_once(prompts, n, params, mes
         ("x" * 64, "prompt 1 has 64 tokens but the model takes 64 .max_model_len."),
         ([], "prompt 1 is empty"),
         ([1, "two"], "prompt 1 is neither a text nor a list of token ids"),
+        ({"prompt": "x", "multi_modal_data": {}}, "prompt 1 has multi_modal_data, which the pool does not pass on"),
     ],
 )
 def test_prompts_that_do_not_fit_are_named_before_anything_is_generated(prompt, message) -> None:
@@ -336,6 +339,50 @@ def test_a_restarted_worker_holds_the_present_version(tmp_path: Path) -> None:
         assert fleet.made[1].loaded == [(str(path), 1)]
 
 
+def test_a_restarted_worker_holds_version_0_that_was_set_again(tmp_path: Path) -> None:
+    """It starts with the weights of the engine, which are version 0 only until that is another's name."""
+    fleet = Fleet(seconds_per_token=0.0005)
+    with pool_of(1, fleet) as pool:
+        pool.set_weights(weights(tmp_path, "one.safetensors"), 1)
+        path = weights(tmp_path, "zero.safetensors")
+        pool.set_weights(path, 0)
+        pool._from_outside(fleet.made[0]._die, RuntimeError("boom"))
+        assert {sample.weight_version for sample in pool.generate_all(["p"] * 8, 4, PARAMS)} == {0}
+        assert fleet.made[1].loaded == [(str(path), 0)]
+
+
+def test_a_worker_lost_while_it_reads_the_prompts_does_not_end_the_run() -> None:
+    class Lost(DummyWorker):
+        async def encode(self, prompts: list[str]) -> list[list[int]]:
+            self._die(RuntimeError("boom"))
+            raise WorkerDeadError("worker 0 is lost")
+
+    made: list[DummyWorker] = []
+
+    def make(worker_id: int) -> DummyWorker:
+        made.append((DummyWorker if made else Lost)(worker_id))
+        return made[-1]
+
+    with pool_of(1, make) as pool:
+        assert len(pool.generate_all(["p"] * 8, 4, PARAMS)) == 32
+    assert len(made) == 2
+
+
+def test_copies_of_the_weights_beside_them_are_left_alone(tmp_path: Path) -> None:
+    """As vLLM leaves them: Mistral's own format, and what an index does not name."""
+    shards = [weights(tmp_path, f"model-0000{n}-of-00002.safetensors") for n in (1, 2)]
+    write_safetensors(tmp_path / "consolidated.safetensors", {"b": np.zeros(3, np.float32)})
+    assert weight_files(tmp_path) == shards
+    other = weights(tmp_path, "old.safetensors")
+    assert weight_files(tmp_path) == [*shards, other]
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": shards[0].name, "b": shards[1].name}}))
+    assert weight_files(tmp_path) == shards
+    index.write_text("{")
+    with pytest.raises(WeightUpdateError, match="cannot be read"):
+        weight_files(tmp_path)
+
+
 def test_a_version_whose_files_were_changed_is_never_loaded_as_that_version(tmp_path: Path) -> None:
     fleet = Fleet()
     with pool_of(1, fleet, max_restarts=1) as pool:
@@ -419,6 +466,14 @@ async def test_a_full_disk_keeps_every_finished_sample(tmp_path: Path) -> None:
     kept = list(read_samples(path))
     assert len(kept) == caught.value.written > 0
     assert keys(kept + caught.value.unwritten + rest) == {(prompt, i): 1 for prompt in range(50) for i in range(2)}
+
+
+def test_a_result_that_cannot_be_written_leaves_the_last_one(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    write_whole(path, "[1]")
+    with full_disk(), pytest.raises(EngineError, match=r"bench.json cannot be written .*: free space"):
+        write_whole(path, "[" + "1, " * 5000 + "1]")
+    assert path.read_text() == "[1]" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_real_full_device_gives_one_clear_error(tmp_path: Path) -> None:

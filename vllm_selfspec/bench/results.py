@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_selfspec.errors import UsageError
+from vllm_selfspec.errors import UsageError, write_whole
 from vllm_selfspec.results import SpecCounts
 
 Kind = Literal["batch", "rollout"]
@@ -255,7 +255,7 @@ class BenchRun(_Model):
     def save(self, path: Path) -> None:
         """Write the run as JSON, with its summary beside the raw rounds."""
         data = self.model_dump(mode="json") | {"summary": self.summary()}
-        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(data, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> BenchRun:

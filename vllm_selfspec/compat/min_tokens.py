@@ -80,13 +80,13 @@ def apply_logits_processors(
     drafts = sampling_metadata.spec_token_ids if predict_bonus_token else None
     masks = []
     for processor in _processors(sampling_metadata.logitsprocs):
-        if processor.min_toks:
+        reached = [
+            row
+            for row, (min_tokens, output, *_) in processor.min_toks.items()
+            if len(output) + (len(drafts[row]) if drafts else 0) >= min_tokens
+        ]
+        if reached:  # seldom; on a GPU the host waits for the masks' sizes
             masks.append((processor, processor.logits_slice, processor.restore_logits_slice))
-            reached = [
-                row
-                for row, (min_tokens, output, *_) in processor.min_toks.items()
-                if len(output) + (len(drafts[row]) if drafts else 0) >= min_tokens
-            ]
             processor.logits_slice = _without(processor.logits_slice, reached)
             processor.restore_logits_slice = _without(processor.restore_logits_slice, reached)
     try:

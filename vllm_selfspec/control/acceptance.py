@@ -102,6 +102,12 @@ class AcceptanceEstimator:
         if self.per_request and request_id is not None:
             self._observe_request(request_id, num_drafted, num_accepted, rejection_ratio)
 
+    def fade(self, kept: float) -> None:
+        """Let what was seen so far weigh this fraction of what it did."""
+        for counts in (self._accepted, self._tried, *self._requests.values()):
+            counts[:] = [kept * count for count in counts]
+        self._stale = True
+
     def _observe_request(self, request_id: str, num_drafted: int, num_accepted: int, rejection_ratio: float) -> None:
         counts = self._requests.get(request_id)
         if counts is None:

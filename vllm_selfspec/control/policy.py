@@ -29,6 +29,10 @@ from vllm_selfspec.control.cost_model import CostModel, StepTimes
 
 _VIEW_INTERVALS = 4
 """After so many of `probe_interval` the view that is not in use is due for a look."""
+_STALL = 4.0
+"""A probe's step is charged for so many times its prediction at most, unless the probe before was as slow."""
+_KEPT_EVIDENCE = 0.05
+"""The weight of what was seen of a drafter before it followed other weights."""
 _SWITCH_DOUBT, _SWITCH_STEPS = 0.25, 32
 """How wrong the other side's predicted rate may be right after a switch, and the steps for which that holds in full."""
 
@@ -397,6 +401,7 @@ class Controller:
         self.probes = 0
         self.probe_seconds = 0.0
         self.steps = 0
+        self._stalled_probe = -1  # the last one, by its number
 
     def decide(self, state: StepState) -> Decision:
         """The draft length of the step being scheduled."""
@@ -463,6 +468,10 @@ class Controller:
         if decision.times:
             # credit is a fraction of the time spent; at most a few steps' worth is saved up
             plain = decision.times[0]
+            state = decision.state
+            if state.pending_prefill_tokens > 0:  # of that step decoding has only what the prompts leave
+                times = self.times.step_times(state.num_decode, state.mean_context, self.settings.max_draft_tokens)
+                plain = float(times.verify[0])
             if not self.probes and credit == 0.0:
                 credit = 2.0 * plain
             credit = min(credit + self.settings.probe_budget * plain, 4.0 * plain)
@@ -495,7 +504,13 @@ class Controller:
 
     def _charge_probe(self, observation: StepObservation) -> None:
         """Pay for what a probe's step took beyond its prediction, such as a drafter that had to follow new weights."""
-        excess = max(0.0, observation.seconds - self.times.predict(*observation.work))
+        expected = self.times.predict(*observation.work)
+        excess = max(0.0, observation.seconds - expected)
+        if excess > _STALL * expected:
+            # It met a pause, such as a machine that stood still, unless the probe before did, too.
+            if self._stalled_probe != self.probes - 1:
+                excess = _STALL * expected
+            self._stalled_probe = self.probes
         self.probe_seconds += excess
         self.memory = replace(self.memory, probe_credit=self.memory.probe_credit - excess)
 
@@ -508,6 +523,11 @@ class Controller:
             counts = self._trials[light]
             counts[0] += min(num_accepted + 1, num_drafted)
             counts[1] += num_accepted < num_drafted
+
+    def drafter_has_changed(self) -> None:
+        """The drafter follows other weights: while it is not in use, what was seen of it before says little."""
+        if self.memory.num_draft_tokens == 0:
+            self.acceptance.fade(_KEPT_EVIDENCE)
 
     def finish_request(self, request_id: str) -> None:
         """Forget a finished request."""

@@ -564,7 +564,7 @@ def predict_recorded(recording: Mapping[str, Any], cost: CostModel, *, seed: int
         recording: `output_lengths` (tokens per request); optional `prompt_lengths` (default 64), `max_num_seqs`
             (default all at once), `mode` ("plain", "fixed" or "adaptive", default "plain"), `num_speculative_tokens`
             (default 7), `acceptance` per drafted token (default 0.97), `light_view`: whether the controller may choose
-            it (default: the profile has it), and its `rejection_ratio` (default 1.8), `makespan` (measured seconds),
+            it (default: the profile has it), and its `rejection_ratio` (default 2.5), `makespan` (measured seconds),
             `step_seconds`.
         cost: the profile of the machine it ran on.
         seed: of the acceptance draws.

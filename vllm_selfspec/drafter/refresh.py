@@ -117,12 +117,30 @@ class WeightTap:
             return load_weights(*args, **kwargs)
 
         model.load_weights = watched
-        visible = [p for p in model.parameters() if p.numel() >= FINGERPRINT_SAMPLES and p.is_floating_point()]
-        self._watched = visible[:: max(1, len(visible) // FINGERPRINT_TENSORS)]
+        self._watched = self._tensors_to_watch(model)
         # The drafter was just made of these weights, so a write before the first proposal is noticed too.
         self._fingerprint = self._read_fingerprint()
         self._stale.clear()
         self._restore_due = False
+
+    def _tensors_to_watch(self, model: nn.Module) -> list[torch.Tensor]:
+        """Some of each kind, at different depths, those that the drafter quantizes first.
+
+        A merged adapter changes the linear layers alone, and of these perhaps one kind.
+        """
+        quantized = {id(weight) for layer in self._states if (weight := getattr(layer, "weight", None)) is not None}
+        kinds: dict[str, list[torch.Tensor]] = {}
+        for name, tensor in model.named_parameters():
+            if tensor.numel() >= FINGERPRINT_SAMPLES and tensor.is_floating_point():
+                kinds.setdefault(".".join(name.split(".")[-2:]), []).append(tensor)
+        first = sorted(kinds.values(), key=lambda tensors: id(tensors[0]) not in quantized)[:FINGERPRINT_TENSORS]
+        counts = [(FINGERPRINT_TENSORS - place - 1) // len(first) + 1 for place in range(len(first))]
+        return [
+            tensors[len(tensors) * (2 * number + 1) // (2 * count)]
+            for tensors, most in zip(first, counts, strict=True)
+            for count in (min(most, len(tensors)),)
+            for number in range(count)
+        ]
 
     def mark_stale(self) -> None:
         """The target's weights changed; layers that still hold theirs are quantized again before the next proposal."""

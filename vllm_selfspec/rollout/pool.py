@@ -274,7 +274,8 @@ class RolloutPool:
         self._slots: dict[int, _Slot] = {}
         self._runs: dict[int, _Run] = {}
         self._run_ids = itertools.count()
-        self._version = WeightVersion(0, None)
+        self._version = self._base = WeightVersion(0, None)
+        """What the workers have, and what a new one starts with."""
         self._store = WeightStore(weight_folder)
         self._paused = False
         self._closing = False
@@ -453,7 +454,7 @@ class RolloutPool:
             self._welcome(slot, result)
         base = next((slot.info.base_weights for slot in self._slots.values() if slot.info is not None), None)
         if base is not None:
-            self._version = WeightVersion.from_path(0, base)
+            self._version = self._base = WeightVersion.from_path(0, base)
         for slot in self._slots.values():
             slot.task = self._loop.create_task(self._serve(slot))
 
@@ -607,6 +608,11 @@ class RolloutPool:
         tokens: dict[int, list[int]] = {}
         for index, prompt in enumerate(prompts):
             if isinstance(prompt, Mapping):
+                if unknown := sorted(set(prompt) - {"prompt", "prompt_token_ids"}):
+                    raise InvalidRequestError(
+                        f"prompts: prompt {index} has {', '.join(unknown)}, which the pool does not pass on; give its "
+                        "text as prompt or its tokens as prompt_token_ids"
+                    )
                 prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt.get("prompt", "")
             if isinstance(prompt, str):
                 texts[index] = prompt
@@ -615,8 +621,14 @@ class RolloutPool:
             else:
                 raise InvalidRequestError(f"prompts: prompt {index} is neither a text nor a list of token ids")
         if texts:
-            slot = await self._any_alive()
-            tokens.update(zip(texts, await slot.handle.encode(list(texts.values())), strict=True))
+            while True:
+                slot = await self._any_alive()
+                try:
+                    encoded = await slot.handle.encode(list(texts.values()))
+                    break
+                except WorkerDeadError:
+                    await asyncio.sleep(0.05)  # another one, or this one's successor
+            tokens.update(zip(texts, encoded, strict=True))
         limit = min((info.max_model_len for info in self.workers), default=None)
         for index in range(len(prompts)):
             length = len(tokens[index])
@@ -680,8 +692,8 @@ class RolloutPool:
                 slot.handle = self._make_handle(slot.worker_id)
                 info = await slot.handle.start()
                 async with self._update_lock:
-                    if self._version.version != 0:
-                        self._version.check_unchanged()
+                    self._version.check_unchanged()
+                    if self._version is not self._base:
                         assert self._version.path is not None
                         await slot.handle.load_weights(self._version.path, self._version.version)
                     self._welcome(slot, info)

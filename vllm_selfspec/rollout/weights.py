@@ -5,6 +5,7 @@ checkpoint that the engine was started from. On one host a file under `/dev/shm`
 without torch: the driver process of a rollout need not import it.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -55,6 +56,15 @@ def weight_files(path: str | os.PathLike[str]) -> list[Path]:
     if root.is_file():
         return [root]
     files = sorted(root.glob("*.safetensors")) if root.is_dir() else []
+    index = root / "model.safetensors.index.json"
+    if index.is_file():  # what it does not name is another copy, as vLLM takes it
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise WeightUpdateError(f"weights: {index} cannot be read ({error!r}); save it again") from error
+        files = [file for file in files if file.name in named]
+    else:  # Mistral's own format lies beside the usual one
+        files = [file for file in files if not file.name.startswith("consolidated")] or files
     if not files:
         raise WeightUpdateError(
             f"weights: {root} is neither a safetensors file nor a folder that holds one; save the weights there first"
@@ -239,6 +249,7 @@ class WeightStore:
         self._own = folder is None
         self._folder = Path(folder) if folder is not None else None
         self._kept: list[Path] = []
+        self._numbers = itertools.count()
 
     def put(self, state: Mapping[str, Any], version: int) -> Path:
         """Write `state`; returns its path."""
@@ -247,7 +258,8 @@ class WeightStore:
             shm = Path("/dev/shm")
             parent = str(shm) if shm.is_dir() and shutil.disk_usage(shm).free > needed else None
             self._folder = Path(tempfile.mkdtemp(prefix="selfspec-weights-", dir=parent))
-        path = self._folder / f"version-{version}.safetensors"
+        # A version's number may come again while its earlier file is kept.
+        path = self._folder / f"version-{version}-{next(self._numbers)}.safetensors"
         save_state(state, path)
         return path
 

@@ -326,7 +326,8 @@ class RolloutWorker(Worker):
         tokenizer = self._engine.get_tokenizer() if not self._engine.model_config.skip_tokenizer_init else None
         if tokenizer is None:
             raise InvalidRequestError("prompts: the engine has no tokenizer; pass token ids")
-        return [tokenizer.encode(prompt) for prompt in prompts]
+        # In a thread: thousands of long texts take a minute, for which the samples of this worker would wait, too.
+        return await asyncio.to_thread(lambda: [tokenizer.encode(prompt) for prompt in prompts])
 
     async def health(self) -> None:
         await super().health()
