@@ -194,7 +194,8 @@ class SelfSpecScheduling(Scheduler):
             drafts = output.scheduled_spec_decode_tokens.get(request_id)
             prefill += num_tokens - 1 - (len(drafts) if drafts else 0)
             left = min(request.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens) - 2
-            if left < 3 * longest:  # what steps in flight will yield, this one's drafts among it
+            if left < 3 * longest and self._controller.settings.mode == "adaptive":
+                # What steps in flight will yield, this one's drafts among it, as far as one knows.
                 left -= request.num_output_placeholders
                 if drafts:
                     ratio = self._controller.rejection_ratio.ratio if self._light_drafts else 1.0

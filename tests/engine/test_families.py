@@ -101,13 +101,20 @@ def test_requests_have_the_whole_batch_for_their_prompts(tiny: Callable[..., str
 
 def test_a_request_near_its_end_drafts_no_more_than_it_can_use(tiny: Callable[..., str]) -> None:
     """Twelve tokens: one with the prompt, five and five with accepted drafts, and the last one without any."""
-    drafter = {"weights": "native", "lm_head": "native"}
-    settings = {"num_speculative_tokens": 4, "drafter": drafter, "control": {"mode": "fixed"}}
+    settings = {"num_speculative_tokens": 4, "drafter": {"weights": "native", "lm_head": "native"}}
     with engine(tiny("llama"), settings, **ENGINE) as llm:
+        watch(llm, lambda: 4)
         drive(llm, [Job(random_prompt(8, 0), greedy(128))])  # shows that all drafts are accepted
-        seen = watch(llm)
+        scheduler = scheduler_of(llm)
+        state_of, limits = scheduler._state, []
+
+        def state(output: Any) -> Any:
+            limits.append(state_of(output).draft_caps)
+            return state_of(output)
+
+        scheduler._state = state
         drive(llm, [Job(random_prompt(8, 1), greedy(12))])
-    assert seen.acceptance == 1.0 and seen.drafted == 8
+    assert limits == [[], [], [0], [0]]
 
 
 @pytest.mark.parametrize("lm_head", ["native", "int8"])
