@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_selfspec.cli import main
 from vllm_selfspec.config import ConfigError
-from vllm_selfspec.drafter.exit_head import ExitHead, ExitHeadInfo, read_info, save
+from vllm_selfspec.drafter.exit_head import ExitHead, ExitHeadInfo, load, read_info, save
 from vllm_selfspec.exit_training import Target, collect, overlap, train
 
 LAYER, HIDDEN = 2, 128
@@ -140,6 +141,17 @@ def test_a_head_that_does_not_fit_is_refused(
     assert "cannot be read" in refusal(model, exit_head=str(tmp_path / "none"), exit_layer=2)
     (weights,) = Path(model).glob("*.safetensors")
     assert "is not an exit head" in refusal(model, exit_head=str(weights), exit_layer=2)
+
+
+def test_a_head_that_is_not_finite_is_refused(trained: tuple[str, float, float, ExitHead], tmp_path: Path) -> None:
+    path, *_, head = trained
+    broken = copy.deepcopy(head)
+    broken.norm.data[3] = torch.nan
+    save(broken, read_info(path), tmp_path / "broken")
+    rest = "native", torch.zeros(1, dtype=torch.bool), torch.float32, torch.device("cpu")
+    load(path, *rest)
+    with pytest.raises(ConfigError, match="lower learning rate"):
+        load(str(tmp_path / "broken"), *rest)
 
 
 def test_the_command_trains_a_head_for_the_demo_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,8 +116,15 @@ def load(
 
     Returns:
         the head, and a function that writes its weights again, in place: sleep discards what lies on a GPU.
+
+    Raises:
+        ConfigError: if it holds an infinity or NaN, with which vLLM's rejection sampler would not be exact.
     """
     info, saved = read_info(path), load_file(path)
+    if not all(bool(tensor.isfinite().all()) for tensor in saved.values()):
+        raise ConfigError(
+            f"drafter.exit_head {path!r} holds numbers that are not finite: train it again with a lower learning rate."
+        )
     head = ExitHead(info.hidden_size, info.width)
     head.load_state_dict(saved)
     head = head.to(device=device, dtype=dtype).requires_grad_(False)
