@@ -37,6 +37,8 @@ SCHEMA_VERSION = 2
 Component = Literal["target", "verify", "draft", "light", "prefill"]
 Array = NDArray[np.float64]
 _DECODING = ("target", "verify")
+_PROMPT_NOISE = 0.15
+"""How far a prompt's step may be off as one of a verification: its attention differs, and it has fewer logits."""
 
 _BATCH_NODES = (
     *(1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128),
@@ -574,6 +576,19 @@ def _scalar_or_array(value: Array) -> Any:
     return float(value) if value.ndim == 0 else value
 
 
+def _beyond(target: Sequence[Point], points: Sequence[Point]) -> list[Point]:
+    """Prompts of more rows than were decoded or verified at once, as loose points of a verification of so many.
+
+    Where all that was measured is bound by memory, nothing else says what a row costs beyond it.
+    """
+    most = max(p.batch * (p.num_draft_tokens + 1) for p in target)
+    return [
+        Point("verify", p.batch, p.seq, p.seq - 1, p.seconds, _PROMPT_NOISE)
+        for p in points
+        if p.component == "prefill" and p.batch * p.seq > most
+    ]
+
+
 class CostModel:
     """Seconds of target, verify and draft forwards. Build it with `fit`, `from_profile`, `from_dict` or `prior`.
 
@@ -638,7 +653,7 @@ class CostModel:
         for name, group in (("target or verify", target), ("draft", drafts)):
             if not group:
                 raise ValueError(f"the measured points hold no {name} time: measure both before fitting a cost model.")
-        forward = _Forward.fit(target, constants, draft=False)
+        forward = _Forward.fit(target + _beyond(target, points), constants, draft=False)
         if pad_drafts is None:
             paddings = [False, True] if len({p.num_draft_tokens for p in drafts}) > 1 else [False]
         else:
@@ -778,7 +793,9 @@ class CostModel:
             if version == 1:  # an older form of the model, with the same points
                 return cls.fit(points, constants, meta)
             target = [p for p in points if p.component in _DECODING]
-            forward = _Forward.from_dict(profile["model"]["forward"], target, constants, draft=False)
+            forward = _Forward.from_dict(
+                profile["model"]["forward"], target + _beyond(target, points), constants, draft=False
+            )
 
             def drafting(component: Component) -> _Forward:
                 measured = [p for p in points if p.component == component]
