@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.config import ParallelConfig, VllmConfig
@@ -36,19 +36,18 @@ from vllm_selfspec.speculative_config import draft_together, one_scheduler_per_r
 logger = init_logger("vllm.selfspec")
 
 
-def control_settings(settings: SelfSpecConfig, parallel: ParallelConfig, light_view: bool = False) -> ControlSettings:
-    """The controller's settings of a selfspec config, for a drafter that has a light view to choose or not.
+def control_settings(settings: SelfSpecConfig, parallel: ParallelConfig) -> ControlSettings:
+    """The controller's settings of a selfspec config.
 
     Ranks that schedule for themselves see the same requests and tokens, but each its own step times: they do not learn
     from those, and so decide alike.
     """
     control = settings.control.model_dump(exclude={"profile"})
     if control["acceptance_prior"] is None:
-        control["acceptance_prior"] = settings.drafter.usual_acceptance(light_view)
+        control["acceptance_prior"] = settings.drafter.usual_acceptance(light_view=False)
     return ControlSettings(
         max_draft_tokens=settings.num_speculative_tokens,
         learn=not one_scheduler_per_rank(parallel),
-        light_view=light_view,
         **control,
     )
 
@@ -115,8 +114,10 @@ class SelfSpecScheduling(Scheduler):
         Args:
             light_view: the drafter has a light view to choose.
         """
-        config = self.vllm_config
-        settings = control_settings(config.speculative_config.selfspec, config.parallel_config, light_view)
+        settings = replace(self._controller.settings, light_view=light_view)
+        asked: SelfSpecConfig = self.vllm_config.speculative_config.selfspec
+        if asked.control.acceptance_prior is None:
+            settings = replace(settings, acceptance_prior=asked.drafter.usual_acceptance(light_view))
         self._controller = Controller(settings, model, max_batch=self.scheduler_config.max_num_seqs)
 
     @contextmanager

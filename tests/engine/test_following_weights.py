@@ -18,6 +18,7 @@ from engines import addresses, drafter_of, runner_of
 from safetensors.torch import load_file
 from tiny_models import write_checkpoint
 from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
 
 from vllm_selfspec.drafter.refresh import IDLE_SECONDS, WeightTap
 
@@ -114,6 +115,7 @@ def test_reload_weights(
     assert seconds.count == 1 and 0 < seconds.sum <= report["total_seconds"]
 
 
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="layers outside an engine, on CPU alone")
 @pytest.mark.parametrize("layers", [2, 16, 32, 48, 80])
 @pytest.mark.parametrize("kind", ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])
 def test_a_write_into_one_kind_of_layer_is_noticed(kind: str, layers: int) -> None:
