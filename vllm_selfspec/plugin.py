@@ -335,6 +335,12 @@ IN_V2_WORKERS = (
         before="0.32",
     ),
     Seam(
+        "vllm.v1.worker.gpu.block_table:BlockTables.gather_block_tables",
+        "the drafter knows how many KV blocks a request owns after the host has gone on to the next steps",
+        ("self", "idx_mapping"),
+        "vllm_selfspec.drafter.speculator:gather_block_tables",
+    ),
+    Seam(
         "vllm.v1.worker.gpu.cudagraph_utils:CudaGraphManager._init_candidates",
         "every draft length has CUDA graphs for its batches, and plain decoding keeps those that it has without drafts",
         ("self",),

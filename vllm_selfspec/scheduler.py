@@ -42,13 +42,10 @@ def control_settings(settings: SelfSpecConfig, parallel: ParallelConfig) -> Cont
     Ranks that schedule for themselves see the same requests and tokens, but each its own step times: they do not learn
     from those, and so decide alike.
     """
-    control = settings.control.model_dump(exclude={"profile"})
-    if control["acceptance_prior"] is None:
-        control["acceptance_prior"] = settings.drafter.usual_acceptance(light_view=False)
     return ControlSettings(
         max_draft_tokens=settings.num_speculative_tokens,
         learn=not one_scheduler_per_rank(parallel),
-        **control,
+        **settings.control.model_dump(exclude={"profile"}, exclude_none=True),
     )
 
 
@@ -178,6 +175,9 @@ class SelfSpecScheduling(Scheduler):
     def _state(self, output: SchedulerOutput) -> StepState:
         """What the policy needs to know of the step just scheduled."""
         longest = self.num_spec_tokens
+        adaptive = self._controller.settings.mode == "adaptive"
+        rejections = self._controller.rejection_ratio.ratio if self._light_drafts else 1.0
+        expected = self._controller.acceptance.expected_tokens_at(rejections)  # of the drafts that are verified
         num_decode = prefill = unfinished_prefill = context = 0
         caps: list[int] = []
         decoding: list[str] = []
@@ -195,13 +195,9 @@ class SelfSpecScheduling(Scheduler):
             drafts = output.scheduled_spec_decode_tokens.get(request_id)
             prefill += num_tokens - 1 - (len(drafts) if drafts else 0)
             left = min(request.max_tokens - request.num_output_tokens, self.max_model_len - request.num_tokens) - 2
-            if left < 3 * longest and self._controller.settings.mode == "adaptive":
-                # What steps in flight will yield, this one's drafts among it, as far as one knows.
-                left -= request.num_output_placeholders
-                if drafts:
-                    ratio = self._controller.rejection_ratio.ratio if self._light_drafts else 1.0
-                    tokens = self._controller.acceptance.expected_tokens_at(ratio)
-                    left -= round(tokens[min(len(drafts), len(tokens) - 1)]) - 1
+            if adaptive and left < 3 * longest:  # less what steps in flight will yield, this one's drafts among it
+                verified = min(len(drafts), len(expected) - 1) if drafts else 0
+                left -= request.num_output_placeholders + round(expected[verified]) - 1
             cap = min(left, self._caps.get(request_id, longest))
             if cap < longest:
                 caps.append(max(0, cap))

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import math
 import os
@@ -266,12 +267,13 @@ def first_difference(plain: dict[str, Any], other: dict[str, Any]) -> dict[str, 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The sweep so far, whole, in place of what was there."""
-    unfinished = path.with_suffix(".partial")
-    with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    unfinished.replace(path)
+    from vllm_selfspec.errors import write_whole
+
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, file.getvalue())
 
 
 class Run:
@@ -295,7 +297,9 @@ class Run:
         }
 
     def save(self) -> None:
-        (self.options.out / "results.json").write_text(json.dumps(self.results, indent=1))
+        from vllm_selfspec.errors import write_whole
+
+        write_whole(self.options.out / "results.json", json.dumps(self.results, indent=1))
 
     def job(self, kind: str, **arguments: Any) -> dict[str, Any]:
         """Run one engine in a process of its own; what it answered is recorded, and why there is no more."""
@@ -453,10 +457,9 @@ def use_synthetic_acceptance(rate: float) -> None:
 
 def keep(request: dict[str, Any], answer: dict[str, Any]) -> None:
     """What a job has so far, for when it is ended."""
-    path = Path(request["answer"])
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text(json.dumps(answer))
-    unfinished.replace(path)
+    from vllm_selfspec.errors import write_whole
+
+    write_whole(Path(request["answer"]), json.dumps(answer))
 
 
 def shape_folder(name: str) -> str:

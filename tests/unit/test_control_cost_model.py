@@ -116,9 +116,9 @@ def test_prompts_say_what_many_rows_cost_where_few_were_measured() -> None:
     ):
         points += [Point("target", batch, 128, 0, plain), Point("prefill", batch, 32, 0, prompts)]
         points += [Point("verify", batch, 128, drafts, seconds) for drafts, seconds in verify.items()]
-    measured = {(8, 3): 0.103, (16, 0): 0.083, (16, 3): 0.139}
+    whole = {(8, 3): 0.103, (16, 0): 0.083, (16, 3): 0.139}  # what a profile says that was measured up to sixteen
     for model in (CostModel.fit(points), CostModel.from_dict(CostModel.fit(points).to_dict())):
-        for (batch, drafts), seconds in measured.items():
+        for (batch, drafts), seconds in whole.items():
             assert model.verify_time(batch, 128, drafts) == pytest.approx(seconds, rel=0.4)
 
 

@@ -63,6 +63,17 @@ def execute_model(original: Callable[..., Any], self: Any, scheduler_output: Any
     return original(self, scheduler_output, *args, **kwargs)
 
 
+def gather_block_tables(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    """V2's `BlockTables.gather_block_tables`, which also copies how many blocks each request owns.
+
+    vLLM has these numbers in host memory that it writes again two steps on, once this step's tokens are known: the
+    drafts that follow these would read them too late.
+    """
+    if hasattr(self, "selfspec_num_blocks"):
+        self.selfspec_num_blocks.copy_(self.num_blocks.gpu[0])
+    return original(self, *args, **kwargs)
+
+
 class SelfDraftSpeculator(DraftModelSpeculator):
     """The speculator of `method: selfspec`: drafts with a view of the target model, on the target's KV cache.
 
@@ -103,7 +114,7 @@ class SelfDraftSpeculator(DraftModelSpeculator):
         self._limit = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
         """Positions below this one are allocated to the request; 0 for a row that must not write."""
         self._num_blocks = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
-        """KV blocks that each request owns, by request-state index."""
+        """KV blocks that each request owns, by request-state index; `gather_block_tables` fills it."""
         self._row_numbers = torch.arange(self.max_num_reqs + 1, dtype=torch.int32, device=device)
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
@@ -148,15 +159,7 @@ class SelfDraftSpeculator(DraftModelSpeculator):
         own, self.draft_attn_layer_names = self.draft_attn_layer_names, self._view_layer_names
         super().set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)
         self.draft_attn_layer_names = own
-        gather = block_tables.gather_block_tables
-
-        def gather_and_count(*args: Any, **kwargs: Any) -> Any:
-            # The counts lie in host memory that vLLM writes again two steps on, once this step's tokens are known: the
-            # drafts that follow these would read them too late.
-            self._num_blocks.copy_(block_tables.num_blocks.gpu[0])
-            return gather(*args, **kwargs)
-
-        block_tables.gather_block_tables = gather_and_count
+        block_tables.selfspec_num_blocks = self._num_blocks
         # Before vLLM 0.32 the tables hold the blocks of the attention kernels, into which those of the cache are split.
         self._block_size = (block_tables.kernel_block_sizes if older_than("0.32") else block_tables.block_sizes)[0]
         self._updates_metadata = all(
