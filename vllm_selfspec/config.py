@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 Precision = Literal["native", "int8", "int4", "int4+int8", "fp8"]
 ENV_VAR = "VLLM_SELFSPEC"
@@ -21,6 +22,14 @@ class ConfigError(ValueError):
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_bool(cls, value: Any) -> Any:
+        """No setting is a switch, and to Python `True` is the number 1."""
+        if any(isinstance(each, bool) for each in (value if isinstance(value, list | tuple) else [value])):
+            raise PydanticCustomError("no_bool", "true and false are no values of it, see the README")
+        return value
 
 
 class DrafterConfig(_Strict):

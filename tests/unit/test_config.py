@@ -64,6 +64,9 @@ def test_what_is_assumed_of_a_drafter_before_it_has_drafted(drafter, light_view,
         ({"num_speculative_tokens": "many"}, "num_speculative_tokens", "integer"),
         ({"drafter": {"exit_layer": 0}}, "drafter.exit_layer", "greater than or equal to 1"),
         ({"drafter": "int8"}, "drafter", "dictionary"),
+        ({"num_speculative_tokens": True}, "num_speculative_tokens", "true and false"),
+        ({"drafter": {"skip_layers": [True]}}, "drafter.skip_layers", "true and false"),
+        ({"control": {"margin": False}}, "control.margin", "true and false"),
     ],
 )
 def test_refusals_name_the_field_and_the_mend(raw: dict, field: str, mend: str):

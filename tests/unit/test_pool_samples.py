@@ -216,14 +216,28 @@ class BornDead(DummyWorker):
 
 def test_a_worker_that_never_gets_anywhere_is_given_up_and_the_others_finish() -> None:
     made: list[int] = []
+    killed: list[int] = []
+
+    class Unlucky(BornDead):
+        async def kill(self) -> None:
+            killed.append(self.worker_id)
+            await super().kill()
 
     def fleet(worker_id: int) -> DummyWorker:
         made.append(worker_id)
-        return BornDead(worker_id) if worker_id == 0 else DummyWorker(worker_id, seconds_per_token=0.001)
+        return Unlucky(worker_id) if worker_id == 0 else DummyWorker(worker_id, seconds_per_token=0.001)
 
     with pool_of(2, fleet, max_restarts=2) as pool:
         assert len(pool.generate_all(["p"] * 40, 4, PARAMS)) == 160
-    assert made.count(0) == 3
+        assert made.count(0) == 3
+        assert killed == [0, 0, 0]  # the last one, too: an engine keeps its memory as long as its process
+
+
+def test_a_fault_of_the_pool_itself_ends_a_run_instead_of_leaving_it_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pool_of(1) as pool:
+        monkeypatch.setattr(pool, "_deliver", lambda slot, reply: 1 // 0)
+        with pytest.raises(PoolFailedError, match="stopped collecting: ZeroDivisionError"):
+            pool.generate_all(["p"], 1, PARAMS)
 
 
 def test_finished_samples_can_be_read_before_the_error_that_ends_a_run() -> None:

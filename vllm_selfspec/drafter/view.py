@@ -38,6 +38,10 @@ from vllm_selfspec.drafter.quantize import FEW_ROWS, QuantizedLinear, usable_pre
 from vllm_selfspec.drafter.refresh import WeightTap
 
 
+_BOUND = 3e4
+"""A logit that every dtype can hold and no other comes near."""
+
+
 class DrafterLinearMethod:
     """Stands where a linear layer's `quant_method` stands; applies the drafter's weight instead of the layer's own."""
 
@@ -170,6 +174,8 @@ class DraftModel(nn.Module):
         """Which view runs, where there are two; None: the light one while it has few rows."""
         self.logits_dtype: torch.dtype | None = None
         """Of what `compute_logits` returns; None: as the head computes them."""
+        self.keeps_logits_finite = True
+        """Whether what is no number becomes one, so that drafts are drawn from the very q that is verified."""
 
     @property
     def has_light_view(self) -> bool:
@@ -191,6 +197,8 @@ class DraftModel(nn.Module):
         """Logits [T, vocab_size] of hidden states [T, hidden_size]."""
         self._choose_view(len(hidden_states))
         logits = self._head[0].compute_logits(hidden_states)
+        if self.keeps_logits_finite:
+            logits.nan_to_num_(nan=0.0, posinf=_BOUND, neginf=-_BOUND)
         return logits if self.logits_dtype is None else logits.to(self.logits_dtype)
 
 

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import os
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,34 @@ _OWN_RAY_SETTINGS: dict[str, Any] = {
 """Of a Ray that the pool starts itself. In an idle Ray of two cores they halve what its processes use."""
 
 
+class _OwnRay:
+    """A Ray that a pool started because there was none. All pools of the process use it, and the last one ends it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+
+    def join(self) -> bool:
+        """Make sure that there is a Ray. True: it is our own, and `leave` is to be called."""
+        with self._lock:
+            if not ray.is_initialized():
+                # The dashboard and its agents would take cores from the engines.
+                ray.init(include_dashboard=False, log_to_driver=False, _system_config=_OWN_RAY_SETTINGS)
+            elif not self._users:
+                return False
+            self._users += 1
+            return True
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                ray.shutdown()
+
+
+_own_ray = _OwnRay()
+
+
 class RayCluster:
     """Where a pool's actors run.
 
@@ -71,16 +100,11 @@ class RayCluster:
         self._env = env
         self._made = itertools.count()
         self._group: PlacementGroup | None = None
-        self._own_ray = False
+        self._on_own_ray = False
 
     async def start(self) -> None:
         """Connect to Ray (a local one if there is none) and reserve what the workers need."""
-        if not ray.is_initialized():
-            # The dashboard and its agents would take cores from the engines.
-            await asyncio.to_thread(
-                ray.init, include_dashboard=False, log_to_driver=False, _system_config=_OWN_RAY_SETTINGS
-            )
-            self._own_ray = True
+        self._on_own_ray = await asyncio.to_thread(_own_ray.join)
         if self._gpus is None:
             self._gpus = 1 if ray.cluster_resources().get("GPU", 0) >= self._num_workers else 0
         if self._gpus == 0:
@@ -126,11 +150,12 @@ class RayCluster:
         return RayHandle(worker_id, lambda: actor.remote(worker_id, arguments, own_processes=True))
 
     def close(self) -> None:
-        """Give the reservation back; end Ray if it was started here."""
+        """Give the reservation back; end Ray if it was started here and no other pool uses it."""
         if self._group is not None:
             remove_placement_group(self._group)
-        if self._own_ray:
-            ray.shutdown()
+        if self._on_own_ray:
+            self._on_own_ray = False
+            _own_ray.leave()
 
 
 def core_shares(cores: list[int], num_workers: int) -> list[list[int]]:

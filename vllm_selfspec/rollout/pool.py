@@ -11,6 +11,7 @@ requests and samples, and keeps three promises:
 
 import asyncio
 import concurrent.futures
+import contextlib
 import itertools
 import logging
 import os
@@ -456,7 +457,7 @@ class RolloutPool:
         if base is not None:
             self._version = self._base = WeightVersion.from_path(0, base)
         for slot in self._slots.values():
-            slot.task = self._loop.create_task(self._serve(slot))
+            slot.task = self._loop.create_task(self._serve_or_fail(slot))
 
     async def _shutdown(self) -> None:
         self._closing = True
@@ -476,6 +477,16 @@ class RolloutPool:
         slot.info, slot.alive, slot.version, slot.seen = info, True, self._version.version, self._loop.time()
         lookahead = info.capacity if self._lookahead is None else self._lookahead
         self._dispatcher.add_worker(slot.worker_id, info.capacity, lookahead)
+
+    async def _serve_or_fail(self, slot: _Slot) -> None:
+        """A fault of the pool itself ends its runs; without anybody who collects they would wait for ever."""
+        try:
+            await self._serve(slot)
+        except Exception as error:
+            logger.exception("worker %d: the pool stopped collecting", slot.worker_id)
+            for run_id in list(self._runs):
+                self._fail(run_id, PoolFailedError(f"worker {slot.worker_id}: the pool stopped collecting: {error!r}"))
+            self._give_up(slot, error)
 
     async def _serve(self, slot: _Slot) -> None:
         """Collect from one worker for ever; replace it when it is lost."""
@@ -684,6 +695,8 @@ class RolloutPool:
         while True:
             slot.fruitless += 1
             if slot.fruitless > self._max_restarts:
+                with contextlib.suppress(Exception):  # what is left of it keeps its memory no longer
+                    await slot.handle.kill()
                 self._give_up(slot, error)
                 return
             slot.restarts += 1
