@@ -43,8 +43,15 @@ _OUTER_TENSORS = {
 
 
 def cache_dir() -> Path:
-    """Return this package's cache folder: `$XDG_CACHE_HOME/vllm-selfspec`, by default `~/.cache/vllm-selfspec`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-selfspec"
+    """Return this package's cache folder: `$XDG_CACHE_HOME/vllm-selfspec`, by default `~/.cache/vllm-selfspec`.
+
+    Raises:
+        OSError: this user has no home folder, as in some containers.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-selfspec"
+    except RuntimeError:
+        raise OSError("there is no home folder for a cache: set XDG_CACHE_HOME") from None
 
 
 def resolve_model(name: str, say: Callable[[str], None] = lambda _: None) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import logging
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -421,17 +422,29 @@ def create_speculative_config(
     original: Callable[..., Any], self: Any, target_model_config: Any, target_parallel_config: Any
 ) -> Any:
     """`EngineArgs.create_speculative_config`, for the dict of `method: selfspec`; vLLM's own for any other."""
+    for name in getattr(self, "selfspec_set", ()):  # the same arguments may make one config after another
+        setattr(self, name, None)
+    self.selfspec_set = []
     settings = requested_settings(self)
+    by_environment = self.speculative_config is None and self.spec_method is None
+    if settings is not None and by_environment and target_model_config.runner_type != "generate":
+        settings = None
+        logging.getLogger("vllm.selfspec").warning("%s does not apply to this engine, which writes no text.", ENV_VAR)
     if settings is None:
         return original(self, target_model_config, target_parallel_config)
-    from vllm_selfspec.speculative_config import build
+    from vllm_selfspec.speculative_config import attention_kinds, build
 
     if self.scheduler_cls is not None:
         raise ConfigError(
             f"scheduler_cls is {self.scheduler_cls!r}, but method selfspec brings its own: remove one of the two."
         )
+    speculative_config = build(settings, target_model_config, target_parallel_config, self.enable_lora)
     self.scheduler_cls = "vllm_selfspec.scheduler.build_scheduler"
-    return build(settings, target_model_config, target_parallel_config, self.enable_lora)
+    self.selfspec_set.append("scheduler_cls")
+    if self.disable_hybrid_kv_cache_manager is None and attention_kinds(target_model_config) > 1:
+        self.disable_hybrid_kv_cache_manager = True
+        self.selfspec_set.append("disable_hybrid_kv_cache_manager")
+    return speculative_config
 
 
 def requested_settings(engine_args: Any) -> SelfSpecConfig | None:

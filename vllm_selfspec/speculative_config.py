@@ -154,6 +154,15 @@ def one_scheduler_per_rank(parallel: ParallelConfig) -> bool:
     return parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1
 
 
+def attention_kinds(model: ModelConfig) -> int:
+    """How many kinds of attention layers the model says it has, such as windowed and full ones.
+
+    vLLM would keep the KV cache of each kind in blocks of its own, and the drafter knows one table of blocks: the cache
+    of all layers is kept as that of the full ones, which `--disable-hybrid-kv-cache-manager` asks for.
+    """
+    return len(set(getattr(model.hf_text_config, "layer_types", None) or [""]))
+
+
 def check_engine(settings: SelfSpecConfig, model: ModelConfig, parallel: ParallelConfig) -> None:
     """Refuse engines that selfspec does not support, each with one sentence."""
     if model.runner_type != "generate":

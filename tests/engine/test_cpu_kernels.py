@@ -378,6 +378,74 @@ def test_without_a_compiler_it_says_so(
     assert not list((tmp_path / "vllm-selfspec" / "kernels").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("most", "kind", "badly", "options"),
+    [
+        ("", "avx512", set(), []),
+        ("AVX512_CORE_AMX", "avx512", set(), []),
+        ("avx512_core_bf16", "avx512", {torch.bfloat16, torch.float16}, ["-mno-amx-bf16", "-mno-avx512fp16"]),
+        ("AVX512_CORE_VNNI", "avx512", {torch.bfloat16, torch.float16}, ["-mno-avx512bf16"]),
+        ("AVX2", "avx2", {torch.bfloat16, torch.float16}, ["-mno-avx512f", "-mno-avx512vnni"]),
+    ],
+)
+def test_what_onednn_is_not_to_use_is_not_used(
+    most: str, kind: str, badly: set[torch.dtype], options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So an older CPU can be played: its kernels, and the choice among them."""
+    flags = cpu_kernels.AVX512_FLAGS | {"avx2", "avx512_bf16", "avx512_fp16", "amx_bf16"}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(cpu_kernels, "cpu_fact", lambda name: " ".join(flags))
+    monkeypatch.setattr(cpu_kernels, "load", lambda: None)
+    monkeypatch.setattr(torch.ops, "selfspec_cpu", SimpleNamespace(rows_linear=None, avx512_int8_linear=None))
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    everything = cpu_kernels.library_path()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    assert cpu_kernels.own_kernels.__wrapped__() == kind
+    monkeypatch.setattr(cpu_kernels, "own_kernels", lambda: kind)
+    assert cpu_kernels.badly_served.__wrapped__() == badly
+    assert set(options) <= set(cpu_kernels._without_withheld())
+    assert (cpu_kernels.library_path() == everything) == (not options)
+
+
+def test_the_compiler_may_have_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+    monkeypatch.setattr(cpu_kernels, "_run", lambda command: commands.append(command) or Path(command[-1]).touch())
+    for variable, program in (("ccache g++", ["ccache", "g++"]), ("", ["g++"])):
+        monkeypatch.setenv("CXX", variable)
+        commands.clear()
+        cpu_kernels.build(tmp_path / "kernels.so")
+        assert len(commands) > 2 and all(command[: len(program)] == program for command in commands)
+
+
+def test_a_library_that_cannot_be_loaded_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another container may have left it in a home that both have, built by newer tools."""
+    library = tmp_path / "kernels.so"
+    library.write_text("from elsewhere")
+
+    def load_library(path: str) -> None:
+        if Path(path).read_text() != "built here":
+            raise OSError("version `GLIBCXX_3.4.32' not found")
+
+    monkeypatch.setattr(cpu_kernels, "library_path", lambda: library)
+    monkeypatch.setattr(cpu_kernels, "build", lambda path: path.write_text("built here"))
+    monkeypatch.setattr(torch.ops, "load_library", load_library)
+    monkeypatch.setattr(torch.library, "register_fake", lambda *_: None)
+    cpu_kernels.load.__wrapped__()
+    assert library.read_text() == "built here"
+
+
+def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(cpu_kernels.logger, "propagate", True)
+    cpu_kernels.load.cache_clear()
+    assert cpu_kernels.own_kernels.__wrapped__() == ""
+    assert "set XDG_CACHE_HOME" in caplog.text
+
+
 def test_other_cpus_are_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """One without AVX2, for one."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")

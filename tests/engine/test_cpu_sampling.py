@@ -104,6 +104,39 @@ def test_what_is_not_there_is_refused() -> None:
         torch.ops.selfspec_cpu.softmax(logits, torch.ones(2), torch.empty(2, 9))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_is_no_number_has_no_probability(rows: int) -> None:
+    """It must not hide the greatest logit of those beside it either."""
+    logits = torch.zeros(rows, 2000)
+    logits[:, 8], logits[:, 16], logits[:, 24] = 200.0, float("nan"), 3.0  # one after another in one lane
+    probs = torch.empty_like(logits)
+    torch.ops.selfspec_cpu.softmax(logits, torch.ones(rows), probs)
+    assert torch.equal(probs, torch.nn.functional.one_hot(torch.full((rows,), 8), 2000).float())
+
+
+def test_weights_that_are_no_numbers_give_a_token_of_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One past it, as once without the package's kernels, ends the engine."""
+    weights, u = torch.full((2, 8), float("nan")), torch.tensor([0.0, 0.9], dtype=torch.float64)
+    assert (sampling.inverse_cdf(weights, u) < 8).all()
+    monkeypatch.setattr(sampling, "own_kernels", lambda: "")
+    assert (sampling.inverse_cdf(weights, u) < 8).all()
+
+
+def test_a_draft_that_the_target_rules_out_is_never_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even at a random number of 0, which comes up once in 2^53."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.zeros(*shape, dtype=torch.float64))
+    logits = torch.tensor([[0.0, -torch.inf], [0.0, -torch.inf]])
+    metadata: Any = SimpleNamespace(
+        draft_token_ids=torch.tensor([1]),
+        num_draft_tokens=[1],
+        max_spec_len=1,
+    )
+    settings = sampling_metadata(temperature=torch.ones(1), all_random=True)
+    target = cpu_sampling.ProcessedLogits(logits[:1], torch.zeros(1), cpu_sampling.RejectionScratch())
+    q = torch.tensor([[0.5, 0.5]])
+    assert cpu_sampling.rejection_sample(metadata, q, target, settings).tolist() == [[0, -1]]
+
+
 def sampling_metadata(**fields: Any) -> SamplingMetadata:
     """Three requests, of which the last is greedy, with nothing but temperatures unless `fields` say more."""
     none = torch.empty(0)

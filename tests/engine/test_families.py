@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import emulated_cuda
@@ -12,8 +12,11 @@ from engines import Job, drafter_of, drive, engine, greedy, random_lengths, rand
 from tiny_models import FAMILIES
 from vllm.platforms import current_platform
 
+from vllm_selfspec.config import ConfigError
+from vllm_selfspec.control.policy import StepState
 from vllm_selfspec.drafter.quantize import quantize
 from vllm_selfspec.drafter.view import DrafterLinearMethod
+from vllm_selfspec.plugin import older_than
 
 VIEWS: dict[str, dict[str, Any]] = {
     "int8": {"weights": "int8", "lm_head": "int8"},
@@ -64,6 +67,15 @@ def test_family_equals_plain_decoding(
         else:
             assert sum("gate_up_proj" in name for name in quantized) == 4
             assert sum("qkv_proj" in name for name in quantized) == 4
+
+
+@pytest.mark.skipif(not older_than("0.32"), reason="vLLM itself refuses it on runner V1 since")
+def test_experts_for_router_replay_are_not_overwritten(tiny: Callable[..., str]) -> None:
+    """They are read where the router left them, after the drafts have run through it, too."""
+    settings = {"drafter": VIEWS["exit"], "control": {"mode": "fixed"}}
+    refused = pytest.raises(ConfigError, match="enable_return_routed_experts")
+    with refused, engine(tiny("qwen3_moe"), settings, **ENGINE, enable_return_routed_experts=True):
+        pass
 
 
 def test_ranks_that_draft_together_draft_in_every_step(tiny: Callable[..., str], plain: Callable[[str], Any]) -> None:
@@ -143,3 +155,48 @@ def test_int4_leaves_the_attention_inputs_at_int8(weights: str, tiny: Callable[.
     for name, state in states.items():
         assert isinstance(state, eight_bits) == ("qkv_proj" in name), name
     assert sum("qkv_proj" in name for name in states) == 4
+
+
+@pytest.fixture
+def told(tiny: Callable[..., str]) -> Iterator[Callable[[Callable[[], int], list[Job]], list[StepState]]]:
+    """`told(draft_length, jobs)`: what the policy hears of each step while an engine runs the jobs."""
+    settings = {"num_speculative_tokens": 4, "drafter": {"weights": "native", "lm_head": "native"}}
+    with engine(tiny("llama"), settings, **ENGINE) as llm:
+        scheduler, states = scheduler_of(llm), []
+        state_of = scheduler._state
+
+        def state(output: Any) -> StepState:
+            states.append(state_of(output))
+            return states[-1]
+
+        def run(draft_length: Callable[[], int], jobs: list[Job]) -> list[StepState]:
+            states.clear()
+            watch(llm, draft_length)
+            drive(llm, jobs)
+            return list(states)
+
+        scheduler._state = state
+        yield run
+
+
+def test_the_policy_knows_of_prompts_that_are_not_through(told: Callable[..., list[StepState]]) -> None:
+    """Drafts that are made now would be verified beside them. Steps have 64 tokens."""
+    decoding, prompt, waiting = (
+        Job(random_prompt(8, 0), greedy(20)),
+        Job(random_prompt(150, 1), greedy(2), arrival=4),
+        Job(random_prompt(60, 2), greedy(2), arrival=4),
+    )
+    steps = told(lambda: 0, [decoding, prompt])[4:7]
+    assert [(step.num_decode, step.prefill_tokens) for step in steps] == [(1, 63), (1, 63), (2, 23)]
+    assert [step.pending_prefill_tokens for step in steps] == [64, 24, 0]
+    steps = told(lambda: 0, [decoding, prompt, waiting])[4:8]
+    assert [step.num_waiting for step in steps] == [1, 1, 0, 0]
+    assert [step.pending_prefill_tokens for step in steps] == [64, 64, 21, 0]
+
+
+def test_a_request_near_the_models_last_position_drafts_no_more_than_it_can_use(
+    told: Callable[..., list[StepState]],
+) -> None:
+    """As with the request's own last token above, behind a prompt in four parts; all drafts are accepted."""
+    steps = told(lambda: 4, [Job(random_prompt(256 - 12, 1), greedy(100))])
+    assert [step.draft_caps for step in steps] == [[], [], [], [], [], [0], [0]]

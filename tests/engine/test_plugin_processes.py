@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -21,11 +22,12 @@ from engines import engine, free_port, generate, greedy, random_prompt, server
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_selfspec import plugin
-from vllm_selfspec.config import ConfigError
+from vllm_selfspec.config import ConfigError, SelfSpecConfig
 from vllm_selfspec.control.cost_model import CostModel, Point
 from vllm_selfspec.drafter.cpu_kernels import own_kernels
+from vllm_selfspec.drafter.proposer import SelfDraftProposer
 from vllm_selfspec.drafter.quantize import CpuInt4Linear
-from vllm_selfspec.speculative_config import SelfSpecSpeculativeConfig
+from vllm_selfspec.speculative_config import SelfSpecSpeculativeConfig, check_engine
 
 PROMPT = random_prompt(20, 0)
 SETTINGS: dict[str, Any] = {
@@ -246,6 +248,15 @@ def test_environment_variable_of_one_means_all_defaults(
     assert config_of(tiny("llama"), speculative_config=None).speculative_config is None
 
 
+def test_the_environment_leaves_engines_alone_that_write_no_text(
+    tiny: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a reward model beside the policy, which is built in the same process."""
+    monkeypatch.setenv("VLLM_SELFSPEC", "1")
+    config = config_of(tiny("llama"), speculative_config=None, runner="pooling")
+    assert config.speculative_config is None and config.scheduler_config.scheduler_cls is None
+
+
 def test_a_speculative_config_wins_over_the_environment(
     tiny: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +304,45 @@ def test_ranks_of_a_mixture_that_may_differ_are_refused(mode: str, tiny: Callabl
     """They run every layer together."""
     with pytest.raises(ConfigError) as caught:
         config_of(tiny("qwen3_moe"), speculative_config=SETTINGS | {"control": {"mode": mode}}, data_parallel_size=2)
+    assert_one_sentence(str(caught.value), "data_parallel_size")
+
+
+@pytest.mark.parametrize(
+    ("flag", "kind"),
+    [
+        ("is_encoder_decoder", "encoder-decoder"),
+        ("is_hybrid", "hybrid"),
+        ("is_attention_free", "state-space"),
+        ("uses_mrope", "multi-dimensional rotary"),
+    ],
+)
+def test_models_of_other_kinds_are_refused(flag: str, kind: str) -> None:
+    flags = dict.fromkeys(("is_moe", "is_encoder_decoder", "is_hybrid", "is_attention_free", "uses_mrope"), False)
+    parallel = SimpleNamespace(pipeline_parallel_size=1, distributed_executor_backend="mp")
+
+    def check(**flags: bool) -> None:
+        layers = {"get_total_num_hidden_layers": lambda: 4}
+        model = SimpleNamespace(runner_type="generate", enable_prompt_embeds=False, **flags, **layers)
+        check_engine(SelfSpecConfig(), model, parallel)
+
+    check(**flags)
+    with pytest.raises(ConfigError) as caught:
+        check(**flags | {flag: True})
+    assert_one_sentence(str(caught.value), kind)
+
+
+def test_two_kinds_of_attention_are_refused(tiny: Callable[..., str]) -> None:
+    """On V1; for V2 see test_cuda_fakes.py."""
+    settings = {"drafter": {"weights": "native", "lm_head": "native"}, "control": {"mode": "fixed"}}
+    with pytest.raises(ConfigError) as caught, engine(tiny("gemma2"), settings, disable_hybrid_kv_cache_manager=False):
+        pass
+    assert_one_sentence(str(caught.value), "KV-cache group")
+
+
+def test_runner_v1_refuses_ranks_that_draft_together(tiny: Callable[..., str]) -> None:
+    config = config_of(tiny("qwen3_moe"), speculative_config=SETTINGS, data_parallel_size=2)
+    with pytest.raises(ConfigError) as caught:
+        SelfDraftProposer(config, torch.device("cpu"))
     assert_one_sentence(str(caught.value), "data_parallel_size")
 
 

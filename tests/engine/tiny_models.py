@@ -14,15 +14,28 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
+    Exaone4Config,
     Gemma2Config,
+    Gemma3TextConfig,
+    Glm4Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 
 # vLLM's CPU attention wants heads of at least 32.
@@ -51,6 +64,8 @@ FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
         **({"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 48} | shape | {"tie_word_embeddings": True})
     ),
     "phi3": lambda **shape: Phi3Config(**shape),
+    # Since vLLM 0.30 of its Transformers backend.
+    "olmo2": lambda **shape: Olmo2Config(**shape),
     "qwen3_moe": lambda **shape: Qwen3MoeConfig(
         **(
             {"head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
@@ -61,17 +76,65 @@ FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
 }
 
 
+_WINDOWS: dict[str, Any] = {
+    "sliding_window": 48,
+    "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+}
+
+MORE_FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
+    "cohere": lambda **shape: CohereConfig(**({"logit_scale": 0.5} | shape)),
+    "cohere2": lambda **shape: Cohere2Config(**(_WINDOWS | {"logit_scale": 0.5} | shape)),
+    "exaone4": lambda **shape: Exaone4Config(**(_WINDOWS | shape)),
+    "gemma3": lambda **shape: Gemma3TextConfig(
+        **(_WINDOWS | {"head_dim": 32, "query_pre_attn_scalar": 32} | shape | {"tie_word_embeddings": True})
+    ),
+    "glm4": lambda **shape: Glm4Config(**({"head_dim": 32} | shape)),
+    "granite": lambda **shape: GraniteConfig(
+        **(
+            {
+                "embedding_multiplier": 3.0,
+                "residual_multiplier": 0.5,
+                "attention_multiplier": 0.2,
+                "logits_scaling": 2.0,
+            }
+            | shape
+        )
+    ),
+    "olmo3": lambda **shape: Olmo3Config(**(_WINDOWS | shape)),
+    # Positions beyond the first 64 are rotated by other factors.
+    "phi3_longrope": lambda **shape: Phi3Config(
+        **(
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}}
+            | {"original_max_position_embeddings": 64}
+            | shape
+        )
+    ),
+    "qwen2_moe": lambda **shape: Qwen2MoeConfig(
+        **(
+            {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 96, "num_experts": 4}
+            | {"num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": []}
+            | shape
+        )
+    ),
+    "seed_oss": lambda **shape: SeedOssConfig(**({"head_dim": 32} | shape)),
+    "smollm3": lambda **shape: SmolLM3Config(**({"no_rope_layer_interval": 2} | shape)),
+    "stablelm": lambda **shape: StableLmConfig(**shape),
+    "starcoder2": lambda **shape: Starcoder2Config(**shape),
+}
+"""Families whose views are checked against the target itself."""
+
+
 def write_checkpoint(folder: Path, family: str = "llama", *, seed: int = 0, gain: float = 1.0, **shape: Any) -> Path:
     """Write a random float32 checkpoint of `family` into `folder` and return the folder.
 
     Args:
         folder: made if it is missing.
-        family: a key of `FAMILIES`.
+        family: a key of `FAMILIES` or `MORE_FAMILIES`.
         seed: of the weights; the same arguments always give the same weights.
         gain: scales the logits; larger means more peaked distributions.
         **shape: fields of the family's config, over the defaults `_SHAPE`.
     """
-    config = FAMILIES[family](**(_SHAPE | shape))
+    config = (FAMILIES | MORE_FAMILIES)[family](**(_SHAPE | shape))
     config.dtype = "float32"
     build_model(config, seed, gain).save_pretrained(folder)
     return folder
@@ -92,6 +155,8 @@ def randomize(model: PreTrainedModel, seed: int, gain: float = 1.0) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:
             parameter.copy_(1.0 + 0.1 * noise)
+            if model.config.model_type == "olmo2" and "post_" in name:  # the only place where its layers have a say
+                parameter.mul_(3.0 / (1 + extract_layer(name)))
         elif parameter.ndim == 1:
             parameter.copy_(0.2 * noise)
         elif "embed_tokens" in name and not model.config.tie_word_embeddings:

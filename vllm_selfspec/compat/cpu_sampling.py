@@ -265,7 +265,7 @@ def rejection_sample(
         u = torch.rand(len(request), dtype=torch.float64)
         for row, generator in generators.items():
             u[request == row] = torch.rand(num_draft_tokens[row], dtype=torch.float64, generator=generator)
-        accept = u * q <= p
+        accept = u * q < p  # not where p is 0; where p = q always, as u < 1
         if not sampling_metadata.all_random:
             assert sampling_metadata.temperature is not None
             greedy = sampling_metadata.temperature == 0

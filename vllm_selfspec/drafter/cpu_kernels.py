@@ -15,6 +15,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -33,6 +34,17 @@ logger = init_logger("vllm.selfspec")
 
 SOURCES = Path(__file__).parent / "csrc"
 COMPILE = ("-c", "-O3", "-std=c++20", "-march=native", "-fopenmp", "-fPIC")
+_AMX = ("amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "amx_complex")
+_AVX512 = ("avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd", "avx512ifma", "avx512_bitalg")
+_WITHHELD = {
+    "AVX512_CORE_FP16": _AMX,
+    "AVX512_CORE_BF16": (*_AMX, "avx512_fp16"),
+    "AVX512_CORE_VNNI": (*_AMX, "avx512_fp16", "avx512_bf16"),
+    "AVX512_CORE": (*_AMX, "avx512_fp16", "avx512_bf16", "avx512_vnni"),
+    "AVX2_VNNI": (*_AMX, "avx512_fp16", "avx512_bf16", "avx512_vnni", *_AVX512),
+    "AVX2": (*_AMX, "avx512_fp16", "avx512_bf16", "avx512_vnni", *_AVX512, "avx_vnni"),
+}
+"""What each value of oneDNN's own variable, `ONEDNN_MAX_CPU_ISA`, withholds of a CPU that has it."""
 # No OpenMP runtime is linked: the one that torch uses, or a preloaded one, is in the process already.
 LINK = ("-shared", "-lc10", "-ltorch_cpu")
 AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
@@ -51,6 +63,17 @@ _OUTPUTS: dict[str, Callable[..., int]] = {
 """Outputs of each product, from its arguments after the rows."""
 
 
+def withheld() -> frozenset[str]:
+    """Instructions that this CPU has and that nobody is to use: oneDNN is told so, and these kernels follow it."""
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    return frozenset(_WITHHELD.get(most, ())) & set(cpu_fact("flags").split())
+
+
+def cpu_flags() -> frozenset[str]:
+    """What this CPU can do and is to be used for, by Linux's names."""
+    return frozenset(cpu_fact("flags").split()) - withheld()
+
+
 @functools.cache
 def own_kernels() -> Literal["", "avx2", "avx512"]:
     """Which of these kernels serve drafts better than vLLM's and ATen's on this CPU; they are loaded then."""
@@ -59,7 +82,7 @@ def own_kernels() -> Literal["", "avx2", "avx512"]:
     capability = torch.backends.cpu.get_cpu_capability()  # the highest that torch's kernels use
     if "AVX" not in capability:
         return ""
-    flags = set(cpu_fact("flags").split())
+    flags = cpu_flags()
     kind: Literal["avx2", "avx512"] = "avx2"  # also where AVX-512 comes without VNNI
     if capability != "AVX2" and flags >= AVX512_FLAGS:
         kind = "avx512"
@@ -67,7 +90,7 @@ def own_kernels() -> Literal["", "avx2", "avx512"]:
         load()
         if kind == "avx512":
             torch.ops.selfspec_cpu.avx512_int8_linear  # noqa: B018  # the compiler may know no AVX-512
-    except (OSError, AttributeError, subprocess.CalledProcessError) as error:
+    except (OSError, AttributeError, ValueError, subprocess.CalledProcessError) as error:
         reason = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else str(error)
         logger.warning(
             "selfspec cannot build its kernels for this CPU, so %s slow here: install g++ 11 or newer, or name a "
@@ -89,7 +112,7 @@ def badly_served() -> frozenset[torch.dtype]:
     if not kind:
         return frozenset()
     needed = {torch.bfloat16: "amx_bf16" if kind == "avx512" else "avx512_bf16", torch.float16: "avx512_fp16"}
-    flags = cpu_fact("flags").split()
+    flags = cpu_flags()
     return frozenset(dtype for dtype, flag in needed.items() if flag not in flags)
 
 
@@ -113,7 +136,11 @@ def load() -> None:
     path = library_path()
     if not path.exists():
         build(path)
-    torch.ops.load_library(str(path))
+    try:
+        torch.ops.load_library(str(path))
+    except OSError:  # made in another container with this home, for one, by newer tools than those in here
+        build(path)
+        torch.ops.load_library(str(path))
     for name, outputs in _OUTPUTS.items():
         if hasattr(torch.ops.selfspec_cpu, name):
             torch.library.register_fake(f"selfspec_cpu::{name}", functools.partial(_fake, outputs))
@@ -132,9 +159,9 @@ def library_path() -> Path:
     """Where the library of this source, torch and CPU is kept."""
     parts = (
         *(path.read_text() for path in sorted(SOURCES.iterdir())),
-        " ".join(COMPILE + LINK),
+        " ".join((*COMPILE, *_without_withheld(), *LINK)),
         torch.__version__,
-        _compiler(),
+        shlex.join(_compiler()),
         platform.machine(),
         cpu_fact("flags"),  # what -march=native depends on
     )
@@ -153,8 +180,8 @@ def build(path: Path) -> None:
         objects = []
         for source in sorted(SOURCES.glob("*.cpp")):
             objects.append(f"{folder}/{source.stem}.o")
-            _run([_compiler(), *COMPILE, *includes, str(source), "-o", objects[-1]])
-        _run([_compiler(), *objects, *libraries, *LINK, "-o", str(library)])
+            _run([*_compiler(), *COMPILE, *_without_withheld(), *includes, str(source), "-o", objects[-1]])
+        _run([*_compiler(), *objects, *libraries, *LINK, "-o", str(library)])
         library.replace(path)
 
 
@@ -162,5 +189,10 @@ def _run(command: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX", "g++")
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or "g++")
+
+
+def _without_withheld() -> list[str]:
+    """The compiler's options against what is withheld, by its names: `avx512_bf16` is `avx512bf16` there."""
+    return [f"-mno-{flag.replace('_', '-' if flag.startswith('amx') else '')}" for flag in sorted(withheld())]

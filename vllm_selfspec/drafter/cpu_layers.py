@@ -118,11 +118,14 @@ def is_one_operator(layer: Any) -> bool:
         return False
     attention, mlp = layer.self_attn, layer.mlp
     norms, rotary, linears = Parts.of(layer)
+    if (
+        getattr(type(rotary), "forward_native", None) is not RotaryEmbedding.forward_native
+    ):  # LongRoPE is another class altogether
+        return False
     widths = (layer.hidden_size, attention.head_dim, rotary.rotary_dim // 2, mlp.down_proj.input_size)
     return (
         isinstance(attention.attn, DraftAttention)
         and all(type(norm) is RMSNorm and norm.has_weight and norm.variance_size_override is None for norm in norms)
-        and type(rotary).forward_native is RotaryEmbedding.forward_native
         and rotary.is_neox_style
         and type(mlp.act_fn) is SiluAndMul
         and all(isinstance(getattr(linear.quant_method, "state", None), OperatorLinear) for linear in linears)

@@ -65,6 +65,43 @@ class ExitHead(nn.Module):
         return self.change(x), x
 
 
+class _Known(nn.Module):
+    """A layer whose states are known."""
+
+    def __init__(self, change: torch.Tensor, x: torch.Tensor) -> None:
+        super().__init__()
+        self._known = change, x
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._known
+
+
+@torch.inference_mode()
+def fits_behind(decoder: Any, config: Any) -> bool:
+    """Whether a decoder stack takes a last layer that is called, and answers, as an `ExitHead` does.
+
+    Args:
+        decoder: a copy of vLLM's stack, whose layers may be exchanged.
+        config: vLLM's `ModelConfig`.
+    """
+    layers = decoder.layers
+    tokens = torch.zeros(2, dtype=torch.int64, device=next(decoder.parameters()).device)
+    change, x = torch.randn(2, 2, config.get_hidden_size(), dtype=config.dtype, device=tokens.device)
+    decoder.layers = nn.ModuleList([_Known(change.clone(), x.clone())])
+    decoder.start_layer, decoder.end_layer = 0, 1
+    try:
+        result, expected = decoder.forward(tokens, tokens, None), decoder.norm(x + change)
+    except Exception:  # such as arguments in another order: whatever it is, a head would meet it too
+        return False
+    finally:
+        decoder.layers = layers
+    if not isinstance(result, torch.Tensor) or not isinstance(expected, torch.Tensor):
+        return False
+    return bool((result - expected).abs().max() <= 0.05 * expected.abs().max())
+
+
 class _Quantized(nn.Module):
     """A linear layer at the drafter's precision."""
 

@@ -15,10 +15,11 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -123,6 +124,12 @@ class SelfDraftProposer(DraftModelProposer):
                 "data_parallel_size > 1 with a mixture of experts needs drafts on all ranks at once, and model runner "
                 "V1 does not make them: start one engine per rank, or on a GPU set VLLM_USE_V2_MODEL_RUNNER=1."
             )
+        if getattr(vllm_config.model_config, "enable_return_routed_experts", False):  # before vLLM 0.32
+            raise ConfigError(
+                "enable_return_routed_experts does not work with method selfspec on model runner V1, where drafts "
+                "would overwrite the experts that are returned: remove one of the two, or, on a GPU, enable_lora, "
+                "which keeps model runner V2 away."
+            )
         self._runner = runner
         self.supports_mm_inputs = False
         drafter = self.speculative_config.selfspec.drafter
@@ -184,6 +191,23 @@ class SelfDraftProposer(DraftModelProposer):
                 f"method selfspec needs all layers in one KV-cache group, but this model has {groups} (mixed attention "
                 "kinds): remove the speculative config, or start with --disable-hybrid-kv-cache-manager."
             )
+
+    def initialize_attn_backend(
+        self, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None
+    ) -> None:
+        """Make the attention groups of the drafter's layers."""
+        super().initialize_attn_backend(kv_cache_config, kernel_block_sizes)
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention, list(self._draft_attn_layer_names))
+        shapes = {(layer.num_heads, layer.num_kv_heads, layer.head_size) for layer in layers.values()}
+        if self.device.type == "cpu" and len(shapes) > 1:
+            raise ConfigError(
+                f"method selfspec drafts on CPU with layers of one shape, but this model's have {len(shapes)} (heads, "
+                "KV heads, head size): remove the speculative config."
+            )
+        block_size = kernel_block_sizes[self.kv_cache_gid] if kernel_block_sizes else None
+        for group in self.draft_attn_groups:
+            # Once more, now that the group has all its layers: how they are attended to depends on whether they agree.
+            group.create_metadata_builders(self.vllm_config, self.device, kernel_block_size=block_size)
 
     def initialize_cudagraph_keys(self, cudagraph_mode: CUDAGraphMode) -> None:
         # Whether a graph applies adapters is settled when it is captured, and the drafter's graphs are not told apart

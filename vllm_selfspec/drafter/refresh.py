@@ -38,6 +38,7 @@ class WeightTap:
 
     Attributes:
         vllm_config: the engine that this drafter belongs to.
+        plan: at which precision the drafter uses a layer.
         light: bool [1], which of the drafter's two views runs, where it has two; whoever runs it writes here.
         refreshed_layers: layers quantized again after the first time, in total.
         refresh_seconds: the time that following the target's weights took, in total.
@@ -50,7 +51,7 @@ class WeightTap:
         self.light = torch.zeros(1, dtype=torch.bool, device="cpu")
         self.refreshed_layers = 0
         self.refresh_seconds = 0.0
-        self._plan = plan
+        self.plan = plan
         self._states: weakref.WeakKeyDictionary[nn.Module, QuantizedLinear] = weakref.WeakKeyDictionary()
         self._stale: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._restores: list[Callable[[], object]] = []
@@ -74,7 +75,7 @@ class WeightTap:
     def capture(self, layer: nn.Module, weight: torch.Tensor, precision: Precision | None = None) -> None:
         """Quantize the full `weight` [N, K] of a layer, at first at `precision`, or what the plan gives it."""
         state = self._states.get(layer)
-        precision = precision or self._plan(layer)
+        precision = precision or self.plan(layer)
         if weight.is_meta or weight.ndim != 2 or (state is None and precision == "native"):
             return
         if state is None:
@@ -102,6 +103,11 @@ class WeightTap:
                 "quantize: set drafter.weights and drafter.lm_head to 'native'."
             )
         return self._states[layer]
+
+    def use_only(self, layers: list[nn.Module]) -> None:
+        """Forget what was captured of other layers (a vision tower's, say), now and for good."""
+        self._states = weakref.WeakKeyDictionary({layer: self._states[layer] for layer in layers})
+        self.plan = lambda layer: "native"
 
     def watch(self, model: nn.Module) -> None:
         """Notice every `model.load_weights` of the target from now on, and watch a few of its tensors.

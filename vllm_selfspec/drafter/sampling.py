@@ -139,4 +139,5 @@ def inverse_cdf(q: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     # A product that rounds up to the total would point past the last token of positive weight.
     below_total = torch.nextafter(cdf[:, -1], torch.zeros_like(u))
     threshold = torch.minimum(u * cdf[:, -1], below_total)
-    return torch.searchsorted(cdf, threshold.unsqueeze(1), right=True).squeeze(1)
+    # Of weights that are no numbers the last: one row that is spoilt must not end the engine.
+    return torch.searchsorted(cdf, threshold.unsqueeze(1), right=True).squeeze(1).clamp_(max=q.shape[1] - 1)

@@ -7,7 +7,9 @@ are the target's own objects, so the view reads and writes the target's paged KV
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     QKVParallelLinear,
@@ -29,14 +32,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 from vllm.model_executor.models import supports_multimodal
-from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_selfspec.config import ConfigError, Precision
 from vllm_selfspec.drafter.cpu_layers import DraftLayers, usable_for
+from vllm_selfspec.drafter.exit_head import fits_behind
 from vllm_selfspec.drafter.exit_head import load as load_exit_head
 from vllm_selfspec.drafter.quantize import FEW_ROWS, QuantizedLinear, usable_precisions
 from vllm_selfspec.drafter.refresh import WeightTap
-
 
 _BOUND = 3e4
 """A logit that every dtype can hold and no other comes near."""
@@ -65,6 +67,9 @@ def shallow_copy(module: nn.Module) -> Any:
     clone = copy.copy(module)
     for table in ("_parameters", "_buffers", "_modules"):
         setattr(clone, table, dict(getattr(module, table)))
+    for name, value in vars(module).items():
+        if isinstance(value, MethodType) and value.__self__ is module:  # such as a forward of the Transformers backend
+            setattr(clone, name, MethodType(value.__func__, clone))
     return clone
 
 
@@ -79,6 +84,13 @@ def copy_with(module: nn.Module, replace: Callable[[nn.Module], nn.Module]) -> n
     clone = shallow_copy(module)
     clone._modules.update(children)
     return clone
+
+
+def without_compiler(module: nn.Module) -> nn.Module:
+    """`module`, of a class in which a call is the forward itself and not vLLM's compiled graph of it."""
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, "__call__": nn.Module.__call__})
+    return module
 
 
 def language_model(target: nn.Module) -> nn.Module:
@@ -124,9 +136,8 @@ def quantization_plan(
     def plan(module: nn.Module) -> Precision:
         if isinstance(module, ParallelLMHead):
             return lm_head
-        if not is_quantizable(module) or "layers." not in module.prefix:
-            return "native"
-        if extract_layer_index(module.prefix) not in wanted:
+        place = re.search(r"\blayers\.(\d+)\.", module.prefix) if is_quantizable(module) else None
+        if place is None or int(place[1]) not in wanted:
             return "native"
         return projections if isinstance(module, QKVParallelLinear) else weights
 
@@ -135,15 +146,25 @@ def quantization_plan(
 
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
 class DraftBackbone(nn.Module):
-    """A view's decoder stack, compiled under its own name, so that its graph is not taken for the target's."""
+    """A view up to the LM head, compiled under its own name, so that its graph is not taken for the target's.
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", decoder: nn.Module) -> None:
+    Args:
+        model: a language model whose `model` is the view's decoder stack. Its own forward is run, for what some classes
+            do around the stack (MiniCPM scales what comes out, vLLM's Transformers backend adds a batch dimension).
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", model: nn.Module) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.model = model
+
+    @property
+    def decoder(self) -> Any:
+        """The view's decoder stack."""
+        return self.model.model
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Hidden states [T, hidden_size] after the final norm, of tokens [T] at positions [T]."""
-        return self.decoder.forward(input_ids, positions, None)
+        """Hidden states [T, hidden_size] as the LM head takes them, of tokens [T] at positions [T]."""
+        return self.model.forward(input_ids, positions, None)
 
 
 class DraftModel(nn.Module):
@@ -223,34 +244,50 @@ def build_view(
         ConfigError: if this model class cannot be viewed.
     """
     top = language_model(target)
-    inner = getattr(top, "model", None)
+    inner: Any = getattr(top, "model", None)
     stack = getattr(inner, "layers", None)
     if not isinstance(stack, nn.ModuleList) or not hasattr(top, "compute_logits"):
         raise ConfigError(
             f"method selfspec cannot make a view of {type(target).__name__}, which has no model.layers and "
             "compute_logits: remove the speculative config for this model."
         )
+    places: dict[int, list[str]] = {id(layer): [] for layer in stack}
+    for path, module in inner.named_modules(remove_duplicate=False):
+        places.get(id(module), []).append(path)
+    if any(len(paths) > 1 for paths in places.values()):  # Gemma 3n: what it runs are two stacks beside this one
+        raise ConfigError(
+            f"method selfspec cannot make a view of {type(target).__name__}, which does not run its layers by way of "
+            "model.layers alone: remove the speculative config for this model."
+        )
     chosen = [stack[layer] for layer in layers]
     if weights != "native" and not any(is_quantizable(m) for layer in chosen for m in layer.modules()):
         raise ConfigError(
-            f"drafter.weights is {weights!r}, but {type(target).__name__} has no unquantized linear layer: "
-            "set it to 'native' and draft with exit_layer or skip_layers."
+            f"drafter.weights cannot be {weights!r} for this checkpoint of {type(target).__name__}, whose linear "
+            "layers are all quantized already: set it to 'native' and draft with exit_layer or skip_layers, or serve "
+            "the checkpoint that is not quantized."
         )
     logits_layer = top.get_submodule(lm_head_path(top)) if lm_head != "native" else None
-    if logits_layer is not None and not isinstance(logits_layer.quant_method, UnquantizedEmbeddingMethod):
+    # A head that a quantized checkpoint leaves out has the method of a linear layer.
+    unquantized = UnquantizedEmbeddingMethod | UnquantizedLinearMethod
+    if logits_layer is not None and not isinstance(logits_layer.quant_method, unquantized):
         raise ConfigError("drafter.lm_head cannot be quantized a second time on this checkpoint: set it to 'native'.")
 
     shared = [m for layer in chosen for m in layer.modules() if isinstance(m, AttentionLayerBase)]
     draft_layers = DraftLayers() if begins_batches and usable_for(shared) else None
+    # Experts and attention are found again by the target's names for them, and with them what they hold.
+    by_name = [m for layer in chosen for m in layer.modules() if isinstance(m, AttentionLayerBase | MoERunnerInterface)]
+    of_the_target = {id(part) for owner in by_name for part in owner.modules()}
+    used: list[nn.Module] = []
 
     def replace(module: nn.Module) -> nn.Module:
-        if weights != "native" and is_quantizable(module):
-            clone = shallow_copy(module)
-            clone.quant_method = DrafterLinearMethod(tap.state(module))
-            return clone
         if draft_layers is not None and isinstance(module, Attention):
             return draft_layers.attention(module)
-        return module
+        if id(module) in of_the_target or not is_quantizable(module) or tap.plan(module) == "native":
+            return module
+        used.append(module)
+        clone = shallow_copy(module)
+        clone.quant_method = DrafterLinearMethod(tap.state(module))
+        return clone
 
     decoder = shallow_copy(inner)
     viewed = [copy_with(layer, replace) for layer in chosen]
@@ -258,15 +295,23 @@ def build_view(
         viewed = draft_layers.stack(viewed)
     decoder.layers = nn.ModuleList(viewed)
     if exit_head is not None:
+        if not fits_behind(decoder, vllm_config.model_config):
+            raise ConfigError(
+                f"drafter.exit_head does not work with {type(target).__name__}, whose layers hand on their states in "
+                "another way: leave it out."
+            )
         device = next(top.parameters()).device
         trained, restore = load_exit_head(exit_head, weights, tap.light, vllm_config.model_config.dtype, device)
         decoder.layers.append(trained)
         tap.restore_too(restore)
     decoder.start_layer, decoder.end_layer = 0, len(decoder.layers)
+    model = shallow_copy(top)
+    model._modules["model"] = without_compiler(decoder)
     with set_current_vllm_config(vllm_config), set_model_tag("selfspec_drafter"):
-        backbone = DraftBackbone(vllm_config=vllm_config, decoder=decoder)
+        backbone = DraftBackbone(vllm_config=vllm_config, model=model)
     head = shallow_copy(top)
     if logits_layer is not None:
+        used.append(logits_layer)
         quantized = shallow_copy(logits_layer)
         quantized.quant_method = DrafterLinearMethod(tap.state(logits_layer, lm_head))
         head = with_submodule(top, lm_head_path(top), quantized)
@@ -274,6 +319,7 @@ def build_view(
             # Only the target's head can compute in another dtype (`head_dtype` in the model's config).
             head.logits_processor = shallow_copy(top.logits_processor)
             head.logits_processor.head_dtype = None
+    tap.use_only(used)
     two_views = "int4+int8" in (weights, lm_head)
-    model = DraftModel(backbone, head, draft_layers, tap.light if two_views else None)
-    return model, {attention.layer_name for attention in shared}
+    drafter = DraftModel(backbone, head, draft_layers, tap.light if two_views else None)
+    return drafter, {attention.layer_name for attention in shared}

@@ -264,11 +264,12 @@ at::Tensor rows_linear_of(const at::Tensor& x, const at::Tensor& weight, const s
   return with_output(x, bias, outputs, [&](const auto* in, auto* out, const auto* b, int64_t rows, int64_t k) {
     const at::Tensor scratch = at::empty({rows, k}, x.options().dtype(at::kFloat));  // begins at a cache line
     float* wide = scratch.mutable_data_ptr<float>();
-    for (int64_t m = 0; m < rows; ++m) widen_for<W>(in + m * k, wide + m * k, k);
     const int64_t part = passes_over(rows) > 1 ? kChunk : k;
 #pragma omp parallel
     {
       std::vector<float> sums(kBlock * rows);
+#pragma omp for schedule(static)
+      for (int64_t m = 0; m < rows; ++m) widen_for<W>(in + m * k, wide + m * k, k);
 #pragma omp for schedule(static)
       for (int64_t first = 0; first < outputs; first += block) {
         const int64_t count = std::min(block, outputs - first);

@@ -29,7 +29,8 @@ float greatest(const T* values, int64_t count) {
   float most = -std::numeric_limits<float>::infinity();
   int64_t i = 0;
   __m256 most8 = _mm256_set1_ps(most);
-  for (; i + 8 <= count; i += 8) most8 = _mm256_max_ps(most8, load8(values + i));
+  // What is no number is passed over: of two operands the instruction then gives the second.
+  for (; i + 8 <= count; i += 8) most8 = _mm256_max_ps(load8(values + i), most8);
   most = max8(most8);
   for (; i < count; ++i) most = std::max(most, static_cast<float>(values[i]));
   return most;
@@ -71,16 +72,22 @@ double exponentials(const T* logits, int64_t count, float most, float inverse, f
 template <typename F>
 void for_blocks(int64_t tokens, bool alone, F f) {
   const int64_t blocks = (tokens + kTokens - 1) / kTokens;
-#pragma omp parallel for schedule(static) if (alone)
-  for (int64_t block = 0; block < blocks; ++block)
-    f(block, block * kTokens, std::min(kTokens, tokens - block * kTokens));
+  const auto of = [&](int64_t block) { f(block, block * kTokens, std::min(kTokens, tokens - block * kTokens)); };
+  if (!alone) {
+    for (int64_t block = 0; block < blocks; ++block) of(block);
+    return;
+  }
+#pragma omp parallel for schedule(static)
+  for (int64_t block = 0; block < blocks; ++block) of(block);
 }
 
 // Calls f(row, alone) for the rows: a thread for each, or, where there is one row only, `alone`.
 template <typename F>
 void for_rows(int64_t rows, F f) {
-#pragma omp parallel for schedule(dynamic) if (rows > 1)
-  for (int64_t row = 0; row < rows; ++row) f(row, rows == 1);
+  // No region around it: those inside would be nested, for which GNU's runtime starts threads anew each time.
+  if (rows == 1) return f(0, true);
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t row = 0; row < rows; ++row) f(row, false);
 }
 
 // The greatest logit of a row, and the sum of its exponentials.

@@ -1,0 +1,145 @@
+"""A view of all layers at full precision is the model itself, for every family: it drafts what the target draws.
+
+Where a class does something around its layers (scales the hidden states or the logits, adds a dimension, knows its
+layers by other names), a view that leaves it out would draft from another distribution, which costs nothing but speed
+and would go unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import emulated_cuda
+import pytest
+import torch
+from engines import Job, drafter_of, drive, engine, random_lengths, random_prompt, runner_of, watch
+from tiny_models import FAMILIES, MORE_FAMILIES, build_model
+from torch import nn
+from transformers import Gemma3nTextConfig
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_selfspec.config import ConfigError
+from vllm_selfspec.drafter.exit_head import ExitHead, ExitHeadInfo, fits_behind, save
+
+NATIVE = {"weights": "native", "lm_head": "native"}
+JOBS = [
+    Job(random_prompt(length, length), SamplingParams(temperature=0.7, max_tokens=30), arrival=i)
+    for i, length in enumerate((5, 90, 64))
+]
+# On CPU, with plain Llama weights: the class is known to vLLM alone.
+MINICPM = {
+    "architectures": ["MiniCPMForCausalLM"],
+    "scale_emb": 3.0,
+    "scale_depth": 1.4,
+    "dim_model_base": 32,
+    "hidden_act": "silu",
+}
+
+
+def settings(**drafter: Any) -> dict[str, Any]:
+    return {"num_speculative_tokens": 5, "drafter": NATIVE | drafter, "control": {"mode": "fixed"}}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES, "minicpm"])
+def test_a_whole_view_is_never_rejected(family: str, tiny: Callable[..., str]) -> None:
+    """Also: the flag alone takes models with windows on some of their layers."""
+    if emulated_cuda.wanted() and "moe" in family:
+        pytest.skip("its router needs a compiled CUDA kernel")
+    arguments: dict[str, Any] = {"hf_overrides": MINICPM} if family == "minicpm" else {}
+    with engine(tiny("llama" if family == "minicpm" else family), settings(), **arguments) as llm:
+        seen = watch(llm, random_lengths(1, 5))
+        drive(llm, JOBS)
+    assert seen.drafted > 60
+    assert seen.accepted == seen.drafted
+
+
+def test_a_model_that_runs_its_layers_by_another_way_is_refused(tiny: Callable[..., str], tmp_path: Path) -> None:
+    """Gemma 3n keeps what it runs in two stacks of their own: other layers in `model.layers` would change nothing."""
+    config = Gemma3nTextConfig(
+        **{"vocab_size": 256, "vocab_size_per_layer_input": 256, "hidden_size": 128, "intermediate_size": 192},
+        **{"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
+        **{"hidden_size_per_layer_input": 32, "laurel_rank": 8, "num_kv_shared_layers": 0, "sliding_window": 48},
+        **{"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "activation_sparsity_pattern": [0.0] * 4},
+        **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "dtype": "float32"},
+    )
+    build_model(config, seed=0).save_pretrained(tmp_path)
+    with (
+        pytest.raises(ConfigError, match=r"Gemma3nForCausalLM, which does not run its layers by way of model\.layers"),
+        engine(str(tmp_path), settings(exit_layer=2)),
+    ):
+        pass
+
+
+HEADS_FIT = {"llama": True, "gemma3": True, "granite": False, "exaone4": False, "cohere": False, "olmo2": False}
+
+
+@pytest.mark.parametrize("family", HEADS_FIT)
+def test_an_exit_head_needs_layers_that_add_to_a_residual(
+    family: str, tiny: Callable[..., str], tmp_path: Path
+) -> None:
+    """Behind layers of another convention its last state would be normed alone, or not be taken at all."""
+    path = tmp_path / "head.safetensors"
+    save(ExitHead(128, 64), ExitHeadInfo(family, 2, 128, 64), path)  # the identity
+    if not HEADS_FIT[family]:
+        refused = pytest.raises(ConfigError, match=r"drafter.exit_head does not work with \w+, whose layers")
+        with refused, engine(tiny(family), settings(exit_layer=2, exit_head=str(path))):
+            pass
+        return
+    drafts = []
+    for drafter in ({"exit_layer": 2}, {"exit_layer": 2, "exit_head": str(path)}):
+        with engine(tiny(family), settings(**drafter)) as llm:
+            seen = watch(llm)
+            drive(llm, [Job(random_prompt(20, 1), SamplingParams(temperature=0.0, max_tokens=40))])
+            drafts.append((seen.drafted, seen.accepted))
+    assert drafts[0] == drafts[1] and drafts[0][1] > 0
+
+
+@pytest.mark.skipif(emulated_cuda.wanted(), reason="the router needs a compiled CUDA kernel")
+def test_what_a_mixture_looks_up_by_name_is_not_quantized(tiny: Callable[..., str]) -> None:
+    """vLLM finds the experts, the shared one among them, by the target's name for the layer: a copy would not run."""
+    with engine(tiny("qwen2_moe"), settings(weights="int8", lm_head="int8")) as llm:
+        tap = drafter_of(llm)._tap
+        quantized = {layer.prefix for layer in tap._states}
+        assert not any("shared_expert" in prefix for prefix in quantized)
+        assert sum("qkv_proj" in prefix for prefix in quantized) == 4
+        assert sum("o_proj" in prefix for prefix in quantized) == 4
+
+
+def test_what_the_view_does_not_use_is_forgotten(tiny: Callable[..., str]) -> None:
+    """A tower has layers of the same numbers, which are quantized before anybody knows that they do not draft."""
+    with engine(tiny("llama"), settings(weights="int8", exit_layer=2)) as llm:
+        tap = drafter_of(llm)._tap
+        kept = set(tap._states)
+        drafting = {
+            module.quant_method.state
+            for module in drafter_of(llm).model.modules()
+            if hasattr(getattr(module, "quant_method", None), "state")
+        }
+        assert set(tap._states.values()) == drafting and len(kept) == 8
+        tower = nn.Linear(64, 64, bias=False)
+        tap.capture(tower, tower.weight, None)
+        assert set(tap._states) == kept
+        llm.collective_rpc("reload_weights")
+        assert set(tap._states) == kept
+        target = runner_of(llm).model
+        assert isinstance(target.lm_head.weight, torch.Tensor) and fits_behind(target.model, llm.model_config)
+
+
+def test_the_same_arguments_make_one_config_after_another(tiny: Callable[..., str]) -> None:
+    arguments = EngineArgs(
+        model=tiny("gemma3"), dtype="float32", skip_tokenizer_init=True, speculative_config={"method": "selfspec"}
+    )
+    for _ in range(2):
+        assert arguments.create_engine_config().scheduler_config.disable_hybrid_kv_cache_manager
+    arguments.speculative_config = {"method": "selfspec", "drafter": {"exit_layer": 9}}
+    with pytest.raises(ConfigError, match="exit_layer"):
+        arguments.create_engine_config()
+    arguments.speculative_config = {"method": "selfspec", "drafter": {"exit_layer": 2}}
+    assert arguments.create_engine_config().speculative_config.selfspec.drafter.exit_layer == 2
+    arguments.speculative_config = None
+    config = arguments.create_engine_config()
+    assert config.speculative_config is None and config.scheduler_config.scheduler_cls is None
+    assert arguments.disable_hybrid_kv_cache_manager is None
