@@ -47,14 +47,28 @@ class Target:
 
         dtype = torch.float32 if device == "cpu" else "auto"
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(False)
-        inner, config = model.base_model, model.config
-        shaped = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_scaling", 1.0) != 1.0
-        if not hasattr(inner, "layers") or not hasattr(inner, "norm") or shaped:
+        inner = model.base_model
+        target = None
+        if hasattr(inner, "layers") and hasattr(inner, "norm"):
+            target = cls(model, inner.layers, inner.norm, model.get_output_embeddings())
+        if target is None or not target.is_whole():
             raise UsageError(
                 f"--model: {type(model).__name__} does not compute its logits as LM head of final norm, which an exit "
                 "head is trained for; draft with quantized weights instead"
             )
-        return cls(model, inner.layers, inner.norm, model.get_output_embeddings())
+        return target
+
+    @torch.no_grad()
+    def is_whole(self) -> bool:
+        """Whether the model's logits are those of `logits`: some are scaled or capped on the way."""
+        kept: list[torch.Tensor] = []
+        hook = self.norm.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+        try:
+            expected = self.model(torch.arange(4, device=self.model.device)[None]).logits.float()
+        finally:
+            hook.remove()
+        found = self.logits(kept[-1])
+        return bool((found - expected).abs().max() <= 0.02 * expected.abs().max())
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [..., V] float32 of the last layer's output [..., hidden_size]."""
@@ -64,17 +78,33 @@ class Target:
 
 @dataclass
 class Hidden:
-    """Hidden states of the same tokens, [N, hidden_size] each: before the exit layer, and of the last layer."""
+    """Hidden states of the same tokens, [N, hidden_size] each: before the exit layer, and of the last layer.
+
+    `prompt` [N] says which prompt's answer each belongs to.
+    """
 
     early: torch.Tensor
     last: torch.Tensor
+    prompt: torch.Tensor
 
     def __len__(self) -> int:
         return len(self.early)
 
     def rows(self, index: Any) -> Hidden:
         """Some of the tokens."""
-        return Hidden(self.early[index], self.last[index])
+        return Hidden(self.early[index], self.last[index], self.prompt[index])
+
+    def split(self, fraction: float) -> tuple[Hidden, Hidden]:
+        """Those of most prompts, and those of a fraction of them, at least one.
+
+        Raises:
+            UsageError: there is but one prompt.
+        """
+        prompts = self.prompt.unique()
+        if len(prompts) < 2:
+            raise UsageError("--prompts: give at least two that are answered, one of which is held out")
+        held_out = torch.isin(self.prompt, prompts[-max(1, round(fraction * len(prompts))) :])
+        return self.rows(~held_out), self.rows(held_out)
 
 
 @torch.no_grad()
@@ -106,9 +136,10 @@ def collect(
     device = target.model.device
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     found: list[Hidden] = []
-    turn = itertools.cycle(prompts)
+    turn = itertools.cycle(range(len(prompts)))
     while sum(map(len, found)) < num_tokens:
-        chosen = [next(turn) for _ in range(batch)]
+        numbers = [next(turn) for _ in range(batch)]
+        chosen = [prompts[number] for number in numbers]
         longest = max(map(len, chosen))
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in chosen], device=device)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in chosen], device=device)
@@ -120,6 +151,7 @@ def collect(
             temperature=1.0,
             top_k=0,
             top_p=1.0,
+            repetition_penalty=1.0,
             pad_token_id=pad,
         )
         answer = text[:, longest:]
@@ -139,9 +171,10 @@ def collect(
                 hook.remove()
         # The hidden state of a token says the next one, so the last token of the prompt counts, the last one does not.
         here = slice(longest - 1, -1)
-        found.append(Hidden(kept["early"][:, here][written], kept["last"][:, here][written]))
+        of = torch.tensor(numbers, device=device)[:, None].expand_as(written)
+        found.append(Hidden(kept["early"][:, here][written], kept["last"][:, here][written], of[written]))
         progress(sum(map(len, found)))
-    return Hidden(torch.cat([h.early for h in found]), torch.cat([h.last for h in found]))
+    return Hidden(*(torch.cat([getattr(h, name) for h in found]) for name in ("early", "last", "prompt")))
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from engines import Job, drafter_of, drive, engine, greedy, random_lengths, random_prompt, runner_of, texts, watch
 from vllm import LLM, SamplingParams
 
+from vllm_selfspec.config import ConfigError
 from vllm_selfspec.drafter import cpu_layers, proposer, quantize, view
 from vllm_selfspec.drafter.cpu_kernels import own_kernels
 
@@ -185,6 +186,28 @@ def test_new_parameters_are_noticed(tiny: Callable[..., str]) -> None:
             for module in modules:
                 setattr(module, name, torch.nn.Parameter(torch.randn_like(getattr(module, name)), requires_grad=False))
             assert_close(differences(llm), "float32")
+
+
+@pytest.mark.parametrize(("family", "shape"), [("gemma2", {}), ("mistral", {"sliding_window": 48}), ("llama", {})])
+def test_the_drafters_plan_assumes_the_window_that_its_layers_share(
+    family: str, shape: dict[str, Any], tiny: Callable[..., str]
+) -> None:
+    """vLLM makes it when it knows the first layer alone, whose window other layers need not have."""
+    with engine(tiny(family, **shape), SETTINGS) as llm:
+        ((target,),) = runner_of(llm).attn_groups
+        (group,) = drafter_of(llm).draft_attn_groups
+        assert group.get_metadata_builder().window_size == target.get_metadata_builder().window_size
+        assert (group.get_metadata_builder().window_size == -1) == (family != "mistral")
+
+
+def test_layers_of_different_shapes_are_refused(tiny: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One plan has one size of scratch memory."""
+    shapes = {
+        name: SimpleNamespace(num_heads=4, num_kv_heads=heads, head_size=32) for name, heads in (("a", 2), ("b", 1))
+    }
+    monkeypatch.setattr(proposer, "get_layers_from_vllm_config", lambda *_: shapes)
+    with pytest.raises(ConfigError, match="layers of one shape"), engine(tiny("llama"), SETTINGS):
+        pass
 
 
 def test_new_caches_are_noticed(tiny: Callable[..., str]) -> None:

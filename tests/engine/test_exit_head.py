@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_selfspec.cli import main
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.drafter.exit_head import ExitHead, ExitHeadInfo, load, read_info, save
-from vllm_selfspec.exit_training import Target, collect, overlap, train
+from vllm_selfspec.errors import UsageError
+from vllm_selfspec.exit_training import Hidden, Target, collect, overlap, train
 
 LAYER, HIDDEN = 2, 128
 PROMPTS = [random_prompt(4 + 3 * number, number) for number in range(4)]
@@ -52,6 +54,25 @@ def test_hidden_states_are_those_of_the_written_tokens(
         last.append(states[-1][0, here])
     torch.testing.assert_close(hidden.early, torch.cat(early), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(target.norm(hidden.last), torch.cat(last), atol=1e-4, rtol=1e-4)
+    assert hidden.prompt.tolist() == [0] * 6 + [1] * 3 + [2] * 6 + [3] * 6
+
+
+def test_what_is_held_out_is_of_prompts_that_are_not_trained_on() -> None:
+    rows = torch.arange(60.0)[:, None]
+    hidden = Hidden(rows, rows + 100, torch.arange(60) % 20)
+    seen, unseen = hidden.split(0.1)
+    assert set(unseen.prompt.tolist()) == {18, 19} and set(seen.prompt.tolist()) == set(range(18))
+    assert torch.equal(torch.cat([seen.early, unseen.early]).sort(dim=0).values, rows)
+    assert torch.equal(unseen.last, unseen.early + 100)
+    with pytest.raises(UsageError, match="at least two"):
+        hidden.rows(hidden.prompt == 3).split(0.1)
+
+
+@pytest.mark.parametrize(("family", "fits"), [("llama", True), ("qwen2", True), ("cohere", False), ("gemma2", False)])
+def test_logits_that_are_shaped_further_are_refused(family: str, fits: bool, tiny: Callable[..., str]) -> None:
+    """By a scale, or by a cap."""
+    with nullcontext() if fits else pytest.raises(UsageError, match="LM head of final norm"):
+        Target.load(tiny(family), "cpu")
 
 
 @pytest.fixture(scope="module")

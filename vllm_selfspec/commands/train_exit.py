@@ -38,7 +38,7 @@ def train_exit(
     """Train a head for `drafter.exit_head`, and say how many of its drafts will be accepted.
 
     The model writes text at temperature 1, the head learns its distribution from the hidden states of an early layer.
-    A tenth of the text is held out; the overlap there is the acceptance to expect of a draft.
+    A tenth of the prompts is held out; the overlap on their answers is the acceptance to expect of a draft.
     """
     import torch
     from rich.console import Console
@@ -60,8 +60,7 @@ def train_exit(
     size = hidden.early.shape[1]
     width = width or 2 * size
     width += -width % _WIDTH_MULTIPLE  # the int4 kernels want whole groups
-    held_out = max(1, int(_HELD_OUT * len(hidden)))
-    seen, unseen = hidden.rows(slice(held_out, None)), hidden.rows(slice(held_out))
+    seen, unseen = hidden.split(_HELD_OUT)
     head = ExitHead(size, width).to(hidden.early.device)
     before = overlap(target, None, unseen)
     _train(train(target, head, seen, steps, rows, learning_rate), steps, console)
@@ -71,7 +70,8 @@ def train_exit(
     except (OSError, SafetensorError) as error:
         raise UsageError(f"--out: {out} cannot be written ({error})") from None
     console.print(
-        f"Overlap with {model} on {held_out} held-out tokens: {before:.3f} without a head, {after:.3f} with it.",
+        f"Overlap with {model} on {len(unseen)} tokens of held-out prompts: {before:.3f} without a head, "
+        f"{after:.3f} with it.",
         highlight=False,
     )
     drafter = {"exit_layer": exit_layer, "exit_head": str(out)}
