@@ -122,7 +122,7 @@ newest-vllm-test: $(NEWEST)
 	export PYTHONPATH=$(CURDIR)/$(NEWEST)
 	echo "test 4/5: engine tests on vLLM $(VLLM_VERSION)"
 	$(ENGINE_TESTS) $(addprefix tests/engine/test_,$(addsuffix .py,distribution families following_weights \
-		framework_updates kv_slots served weight_transfer cuda_fakes live_profile compat))
+		views framework_updates kv_slots served weight_transfer cuda_fakes live_profile compat))
 	echo "test 4/5: engine tests on vLLM $(VLLM_VERSION), CUDA's platform played by the CPU, model runner V2"
 	SELFSPEC_EMULATED_CUDA=1 VLLM_USE_V2_MODEL_RUNNER=1 $(ENGINE_TESTS) $(V2_TESTS) $(STRESS_TEST)
 	echo "test 4/5: engine tests on vLLM $(VLLM_VERSION), CUDA's platform played by the CPU, model runner V1"

@@ -29,6 +29,7 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import numpy as np
+from result_file import new_out, save
 from vllm import LLM, SamplingParams
 
 from vllm_selfspec.control.cost_model import CostModel
@@ -83,6 +84,8 @@ def main() -> None:
     parser.add_argument("--drafter", type=json.loads, default={}, help='such as {"weights": "int8"}')
     parser.add_argument("--out", default="controller.json")
     args = parser.parse_args()
+    args.out = new_out(parser, args.out)
+    origin = provenance()
 
     longest = args.max_draft_tokens or max(args.fixed)
     spec = {"method": "selfspec", "num_speculative_tokens": longest, "drafter": args.drafter}
@@ -103,6 +106,7 @@ def main() -> None:
     def run(mode: str, batch: int, params: SamplingParams | list[SamplingParams]) -> dict[str, Any]:
         scheduler._controller = controller = modes[mode]
         steps: list[StepObservation] = []
+        learned = statistics.fmean(controller.acceptance.rates())
         observe = controller.observe_step
 
         def record_step(observation: StepObservation) -> None:
@@ -124,6 +128,7 @@ def main() -> None:
             "prompt_lengths": [len(output.prompt_token_ids) for output in outputs],
             "num_speculative_tokens": modes[mode].settings.max_draft_tokens,
             "max_num_seqs": batch,
+            "acceptance_prior": learned,
             "light_view": controller.settings.light_view,
             "rejection_ratio": adaptive.rejection_ratio.ratio,
         }
@@ -134,6 +139,8 @@ def main() -> None:
     def compare(label: str, batch: int, params: SamplingParams | list[SamplingParams]) -> dict[str, Any]:
         for mode in modes:  # warm up: first use of a shape
             run(mode, batch, SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True))
+        fixed = modes[f"fixed {max(args.fixed)}"].acceptance
+        drafted, accepted = fixed.total_drafted, fixed.total_accepted
         recordings: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
         # in a rollout requests end one after the other
         sizes = [1, 2, 4, 8, 16] if isinstance(params, list) else [batch]
@@ -154,11 +161,16 @@ def main() -> None:
         rates = {mode: [tokens_per_second(recording) for recording in made] for mode, made in recordings.items()}
         ratios = {m: statistics.median(a / b for a, b in zip(r, rates["off"], strict=True)) for m, r in rates.items()}
         text = {m: f"{statistics.median(rates[m]):.1f} tok/s {ratio:.2f}x" for m, ratio in ratios.items()}
-        acceptance = statistics.mean(modes[f"fixed {max(args.fixed)}"].acceptance.rates())
+        acceptance = statistics.mean(fixed.rates())  # of a draft, given those before it: what the simulator draws from
+        accepted_share = (fixed.total_accepted - accepted) / max(1, fixed.total_drafted - drafted)
         light = [step.light for recording in recordings["adaptive"] for step in recording["steps"] if step.num_drafted]
         share, ratio = statistics.fmean(light or [0]), adaptive.rejection_ratio.ratio
         print(
-            label, text, f"acceptance {acceptance:.3f}, light {share:.0%}, rejected {ratio:.2f}x as often", flush=True
+            label,
+            text,
+            f"{accepted_share:.3f} of the drafts of γ = {max(args.fixed)} accepted, light {share:.0%}, rejected "
+            f"{ratio:.2f}x as often",
+            flush=True,
         )
         errors: dict[str, dict[str, dict[str, float]]] = {}
         for name, times in profiles.items():
@@ -176,19 +188,21 @@ def main() -> None:
             "tokens_per_second": rates,
             "ratio_to_off": ratios,
             "acceptance": acceptance,
+            "accepted_share": accepted_share,
             "light_share": share,
             "rejection_ratio": ratio,
             "errors": errors,
         }
 
     params = SamplingParams(temperature=1.0, max_tokens=args.tokens, ignore_eos=True)
-    results = [compare(f"B={batch}", batch, params) for batch in args.batches]
+    cases = [(f"B={batch}", batch, params) for batch in args.batches]
     if args.rollout_tokens:
-        results.append(compare(*long_tailed_rollout(args.rollout_tokens)))
-    chosen = {str(k): v for k, v in sorted(adaptive.draft_lengths.items())}
-    record = {"results": results, "adaptive_draft_lengths": chosen, "arguments": vars(args), **provenance()}
-    with open(args.out, "w") as out:
-        json.dump(record, out, indent=1)
+        cases.append(long_tailed_rollout(args.rollout_tokens))
+    results = []
+    for case in cases:
+        results.append(compare(*case))
+        chosen = {str(k): v for k, v in sorted(adaptive.draft_lengths.items())}
+        save(args.out, {"results": results, "adaptive_draft_lengths": chosen, "arguments": vars(args), **origin})
     print(json.dumps({r["label"]: r["ratio_to_off"] for r in results}))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from result_file import new_out, save
 from vllm import _custom_ops as ops
 
 from vllm_selfspec.drafter import cpu_kernels
@@ -74,6 +75,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    out = new_out(parser, args.out)
+    origin = provenance()
 
     cpu_kernels.load()
     weights = [torch.randn(shape).bfloat16() for _ in range(LAYERS) for shape in SHAPES]
@@ -101,14 +104,13 @@ def main() -> None:
 
                 best[name][rows] = min(best[name].get(rows, float("inf")), seconds(step))
         print(f"{rows:3} rows: " + ", ".join(f"{name} {best[name][rows] * 1e3:.0f} ms" for name in built), flush=True)
-    result = {
-        "provenance": provenance(),
-        "bandwidth": bandwidth,
-        "limit_ms": {name: 1e3 * KERNELS[name][1] * values / bandwidth for name in built},
-        "milliseconds": {name: {rows: 1e3 * value for rows, value in found.items()} for name, found in best.items()},
-    }
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        result = {
+            "provenance": origin,
+            "bandwidth": bandwidth,
+            "limit_ms": {name: 1e3 * KERNELS[name][1] * values / bandwidth for name in built},
+            "milliseconds": {name: {n: 1e3 * value for n, value in found.items()} for name, found in best.items()},
+        }
+        save(out, result)
     print(json.dumps(result))
 
 

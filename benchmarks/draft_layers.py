@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from cpu_kernels import LAYERS, SHAPES, bytes_per_second, seconds
+from result_file import new_out, save
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_selfspec.drafter import cpu_kernels, huge_pages
@@ -100,12 +101,15 @@ def main() -> None:
         parser.exit(1, "This CPU has none of the package's kernels.\n")
     if not 0 <= args.context < MAX_CONTEXT:
         parser.error(f"--context must be from 0 to {MAX_CONTEXT - 1}")
+    out = new_out(parser, args.out)
+    origin = provenance()
 
     layers = {precision: Layers(precision, args.context, max(args.rows)) for precision in ("int8", "int4")}
     memory = torch.ones(2**27)
     huge_pages.move_to_huge_pages()
     bandwidth = bytes_per_second(memory)
     milliseconds: dict[str, dict[int, dict[str, float]]] = {precision: {} for precision in layers}
+    result = {"provenance": origin, "bandwidth": bandwidth, "context": args.context, "milliseconds": milliseconds}
     for precision, one in layers.items():
         limit = 1e3 * one.nbytes / bandwidth
         for rows in args.rows:
@@ -119,9 +123,7 @@ def main() -> None:
             print(
                 f"{precision}, {rows:2} rows: " + ", ".join(f"{n} {ms:.1f} ms" for n, ms in found.items()), flush=True
             )
-    result = {"provenance": provenance(), "bandwidth": bandwidth, "context": args.context, "milliseconds": milliseconds}
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+            save(out, result)
     print(json.dumps(result))
 
 

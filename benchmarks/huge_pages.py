@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from result_file import new_out, save
+
 BATCHES, DRAFT_TOKENS, TOKENS, REPETITIONS = (1, 4, 16), 3, 32, 5
 
 
@@ -83,6 +85,8 @@ def main() -> None:
 
     from vllm_selfspec.provenance import provenance
 
+    out = new_out(parser, args.out)
+    result: dict[str, Any] = {"provenance": provenance()}
     rounds: list[dict[str, dict[str, float]]] = []
     for number in range(args.rounds):
         found = {}
@@ -93,13 +97,12 @@ def main() -> None:
             found[pages] = json.loads(output.splitlines()[-1])
             print(pages, {name: round(value, 1) for name, value in found[pages].items()}, flush=True)
         rounds.append(found)
-    ratios = {
-        name: statistics.median(found["small"][name] / found["huge"][name] for found in rounds)
-        for name in rounds[0]["small"]
-    }
-    result = {"provenance": provenance(), "rounds": rounds, "small_over_huge": ratios}
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        ratios = {
+            name: statistics.median(found["small"][name] / found["huge"][name] for found in rounds)
+            for name in rounds[0]["small"]
+        }
+        result |= {"rounds": rounds, "small_over_huge": ratios}
+        save(out, result)
     print(json.dumps(result))
 
 

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 
 import httpx
 import openai
+from result_file import new_out, save
 
 from vllm_selfspec.prompts import embedded_prompts
 from vllm_selfspec.provenance import provenance
@@ -150,6 +151,8 @@ def main() -> None:
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--out", default="load_step.json")
     args = parser.parse_args()
+    args.out = new_out(parser, args.out)
+    origin = provenance()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -175,8 +178,7 @@ def main() -> None:
         finally:
             server.terminate()
             server.wait(60)
-    with open(args.out, "w") as out:
-        json.dump({**result, "arguments": vars(args), **provenance()}, out, indent=1)
+    save(args.out, {**result, "arguments": vars(args), **origin})
     print(json.dumps({name: value for name, value in result.items() if name != "readings"}))
 
 

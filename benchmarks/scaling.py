@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from result_file import new_out, save
 
 from vllm_selfspec.provenance import provenance
 
@@ -127,6 +128,8 @@ def main() -> None:
     if args.draw:
         draw(json.loads(args.draw.read_text()), args.plot)
         return
+    for path in (args.out, args.plot):
+        new_out(parser, path)
 
     base = Setting(*args.base)
     axes = {
@@ -139,14 +142,7 @@ def main() -> None:
     for setting in dict.fromkeys(setting for axis in axes.values() for setting in axis):
         by_vocabulary[setting.vocabulary].append(setting)
     points: dict[Setting, dict[str, Any]] = {}
-    models = []
-    for vocabulary in sorted(by_vocabulary):
-        model, measured = measure_engine(vocabulary, by_vocabulary[vocabulary], args.rounds, args.repetitions)
-        models.append(model)
-        points.update(measured)
-    idle = measure_idle(args.processes)
-    print("idle plugin", json.dumps(idle), flush=True)
-
+    models: list[dict[str, Any]] = []
     record = {
         "weights": "dummy weights",
         "shape": SHAPE,
@@ -155,15 +151,23 @@ def main() -> None:
         "enforce_eager": True,
         "temperature": 1.0,
         "base": asdict(base),
-        "axes": {axis: [asdict(s) | points[s] for s in settings] for axis, settings in axes.items()},
         "models": models,
-        "idle_plugin": idle,
         "rounds": args.rounds,
         "repetitions": args.repetitions,
         **provenance(),
     }
+    for vocabulary in sorted(by_vocabulary):
+        model, measured = measure_engine(vocabulary, by_vocabulary[vocabulary], args.rounds, args.repetitions)
+        models.append(model)
+        points.update(measured)
+        record["axes"] = {axis: [asdict(s) | points[s] for s in on if s in points] for axis, on in axes.items()}
+        save(args.out, record)
+    idle = measure_idle(args.processes)
+    print("idle plugin", json.dumps(idle), flush=True)
+
+    record["idle_plugin"] = idle
     record["lines"] = {axis: lines(axis, rows) for axis, rows in record["axes"].items() if len(rows) > 1}
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    save(args.out, record)
     draw(record, args.plot)
     print(json.dumps({"weights": "dummy weights", "lines": record["lines"], "idle_plugin": idle}))
 

@@ -18,6 +18,7 @@ from vllm_selfspec.control.simulate import (
     Policy,
     ReferencePolicy,
     Workload,
+    assumed_acceptance,
     compare,
     rollout_workload,
     sample_lengths,
@@ -62,7 +63,8 @@ def main() -> None:
                 return rollout_workload(lengths, rng, acceptance=0.98, max_num_seqs=MAX_NUM_SEQS)
 
             def policies(clock: Clock, cost: CostModel = cost) -> dict[str, Policy]:
-                settings = ControlSettings(max_draft_tokens=MAX_DRAFT_TOKENS)
+                prior = assumed_acceptance(cost)
+                settings = ControlSettings(max_draft_tokens=MAX_DRAFT_TOKENS, acceptance_prior=prior)
                 return {
                     "plain": PlainPolicy(),
                     "latch + ladder": ReferencePolicy(cost),

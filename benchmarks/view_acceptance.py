@@ -15,11 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from result_file import new_out, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_selfspec.drafter.quantize import int4_groups
 from vllm_selfspec.drafter.quantize_cuda import quantize_int4, quantize_per_channel
 from vllm_selfspec.prompts import embedded_prompts, encode_prompt
+from vllm_selfspec.provenance import provenance
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 Name = Callable[[str], bool]
@@ -98,6 +100,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the model")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    out = new_out(parser, arguments.out)
+    origin = provenance()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -105,17 +109,7 @@ def main() -> None:
 
     texts = answers(model, tokenizer, arguments.tokens)
     p = log_probs(model, texts)
-    rows = {}
-    for label, view in views().items():
-        began = time.perf_counter()
-        for name, weight in weights.items():
-            quantized = torch.cat([view(name, part) for part in weight.split(16384)]).to(weight.dtype)
-            linears[name].weight = torch.nn.Parameter(quantized, requires_grad=False)
-        accepted = torch.minimum(log_probs(model, texts), p).exp_().sum(dim=-1)
-        error = accepted.std() / len(accepted) ** 0.5
-        rows[label] = {"acceptance": round(float(accepted.mean()), 4), "standard_error": round(float(error), 4)}
-        seconds = time.perf_counter() - began
-        print(f"{label:40s} {rows[label]['acceptance']:.4f} ± {rows[label]['standard_error']:.4f}  ({seconds:.0f} s)")
+    rows: dict[str, dict[str, float]] = {}
     result = {
         "model": Path(arguments.model).name,
         "dtype": arguments.dtype,
@@ -126,9 +120,19 @@ def main() -> None:
             4,
         ),
         "views": rows,
+        **origin,
     }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    for label, view in views().items():
+        began = time.perf_counter()
+        for name, weight in weights.items():
+            quantized = torch.cat([view(name, part) for part in weight.split(16384)]).to(weight.dtype)
+            linears[name].weight = torch.nn.Parameter(quantized, requires_grad=False)
+        accepted = torch.minimum(log_probs(model, texts), p).exp_().sum(dim=-1)
+        error = accepted.std() / len(accepted) ** 0.5
+        rows[label] = {"acceptance": round(float(accepted.mean()), 4), "standard_error": round(float(error), 4)}
+        seconds = time.perf_counter() - began
+        print(f"{label:40s} {rows[label]['acceptance']:.4f} ± {rows[label]['standard_error']:.4f}  ({seconds:.0f} s)")
+        save(out, result)
     print(json.dumps(result))
 
 

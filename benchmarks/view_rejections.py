@@ -16,6 +16,7 @@ from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
+from result_file import new_out, save
 from vllm import LLM, SamplingParams
 
 from vllm_selfspec.control.policy import Controller, ControlSettings, Decision, StepState
@@ -78,10 +79,12 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--out", default="rejections.json")
     args = parser.parse_args()
-    results = [found for model in args.models for found in measure(model, args)]
-    result = {"results": results, "arguments": vars(args)} | provenance()
-    with open(args.out, "w") as file:
-        json.dump(result, file, indent=1)
+    args.out = new_out(parser, args.out)
+    origin = provenance()
+    results: list[dict[str, Any]] = []
+    for model in args.models:
+        results += measure(model, args)
+        save(args.out, {"results": results, "arguments": vars(args), **origin})
     print(json.dumps(results))
 
 

@@ -87,7 +87,12 @@ class ControlConfig(_Strict):
 
     mode: Literal["adaptive", "fixed", "off"] = Field("adaptive", description="who picks the draft length")
     profile: str = Field("auto", description="`auto` (measured at start-up, cached) or the path of a profile")
-    margin: float = Field(0.02, ge=0, lt=1, description="relative gain a new draft length must promise over the last")
+    margin: float = Field(
+        0.02,
+        ge=0,
+        lt=1,
+        description="relative gain that drafting must promise to be switched on; for a longer draft a quarter of it",
+    )
     probe_interval: int = Field(256, ge=1, description="steps without drafting after which one probe may be made")
     probe_budget: float = Field(0.01, ge=0, le=0.2, description="fraction of the time that probes may cost")
     acceptance_window: float = Field(512.0, gt=1, description="verified drafts after which old evidence has faded")

@@ -41,7 +41,9 @@ class EnginePool:
         """
         self.name = name
         self._num_workers = num_workers
-        arguments = dict(engine_args)
+        # A pool does not clear its workers' prefix caches between rounds: with them all rounds but the first would find
+        # their prompts computed.
+        arguments = {"enable_prefix_caching": False} | engine_args
         speculative_config = arguments.pop("speculative_config", None)
         self._model: str = arguments.pop("model")
         self._tokenizer: Any = None

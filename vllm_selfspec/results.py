@@ -4,13 +4,30 @@ import json
 import statistics
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, with_config
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from vllm_selfspec.errors import UsageError, write_whole
+from vllm_selfspec.provenance import Provenance
 
 Mode = Literal["plain", "selfspec"]
+
+
+def new_file(path: Path) -> Path:
+    """The file of a result, made sure of before anything is measured: nothing is there, and its folder is.
+
+    Raises:
+        UsageError: there is a file already, or its folder cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out: the folder {path.parent} cannot be made ({error.strerror})") from None
+    if path.exists():
+        raise UsageError(f"--out: {path} already exists; name another")
+    return path
 
 
 class _Model(BaseModel):
@@ -113,7 +130,7 @@ class Round(_Model):
 
     mode: Mode
     index: int
-    seconds: float
+    seconds: PositiveFloat
     """From handing over the first request to the last finished sample."""
     num_samples: int
     num_tokens: int
@@ -127,12 +144,31 @@ class Round(_Model):
         return self.num_tokens / self.seconds
 
 
+@with_config(ConfigDict(extra="allow"))
+class RolloutSettings(TypedDict):
+    """The options of a rollout. Tables and plots need those that are not `NotRequired`."""
+
+    model: str
+    prompts: NotRequired[str]
+    num_prompts: int
+    n: int
+    max_tokens: int
+    batch: int
+    temperature: float
+    seed: NotRequired[int]
+    ignore_eos: NotRequired[bool]
+    compile: NotRequired[bool]
+    workers: NotRequired[int | None]
+    engine_args: NotRequired[dict[str, Any]]
+    speculative_config: dict[str, Any]
+
+
 class RolloutRun(_Model):
     """All that `vllm-selfspec rollout` measured, and how."""
 
     kind: Literal["rollout"] = "rollout"
-    provenance: dict[str, Any]
-    settings: dict[str, Any]
+    provenance: Provenance
+    settings: RolloutSettings
     startup_seconds: dict[Mode, float]
     rounds: list[Round]
     interrupted: bool = False

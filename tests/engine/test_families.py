@@ -9,7 +9,7 @@ import emulated_cuda
 import pytest
 import torch
 from engines import Job, drafter_of, drive, engine, greedy, random_lengths, random_prompt, scheduler_of, texts, watch
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, IN_TRANSFORMERS
 from vllm.platforms import current_platform
 
 from vllm_selfspec.config import ConfigError
@@ -48,6 +48,8 @@ def test_family_equals_plain_decoding(
 ) -> None:
     if emulated_cuda.wanted() and family == "qwen3_moe":
         pytest.skip("its router needs a compiled CUDA kernel")
+    if family in IN_TRANSFORMERS and older_than("0.32"):
+        pytest.skip("refused on this vLLM")
     expected = plain(family)
     settings = {"num_speculative_tokens": 6, "drafter": VIEWS[view], "control": {"mode": "fixed"}}
     with engine(tiny(family), settings, **ENGINE) as llm:
@@ -67,15 +69,6 @@ def test_family_equals_plain_decoding(
         else:
             assert sum("gate_up_proj" in name for name in quantized) == 4
             assert sum("qkv_proj" in name for name in quantized) == 4
-
-
-@pytest.mark.skipif(not older_than("0.32"), reason="vLLM itself refuses it on runner V1 since")
-def test_experts_for_router_replay_are_not_overwritten(tiny: Callable[..., str]) -> None:
-    """They are read where the router left them, after the drafts have run through it, too."""
-    settings = {"drafter": VIEWS["exit"], "control": {"mode": "fixed"}}
-    refused = pytest.raises(ConfigError, match="enable_return_routed_experts")
-    with refused, engine(tiny("qwen3_moe"), settings, **ENGINE, enable_return_routed_experts=True):
-        pass
 
 
 def test_ranks_that_draft_together_draft_in_every_step(tiny: Callable[..., str], plain: Callable[[str], Any]) -> None:
@@ -200,3 +193,19 @@ def test_a_request_near_the_models_last_position_drafts_no_more_than_it_can_use(
     """As with the request's own last token above, behind a prompt in four parts; all drafts are accepted."""
     steps = told(lambda: 4, [Job(random_prompt(256 - 12, 1), greedy(100))])
     assert [step.draft_caps for step in steps] == [[], [], [], [], [], [0], [0]]
+
+
+@pytest.mark.skipif(not older_than("0.32"), reason="attention is in the layers since")
+def test_the_transformers_backend_of_an_old_vllm_is_refused(tiny: Callable[..., str]) -> None:
+    refused = pytest.raises(ConfigError, match="attention is outside of its layers")
+    with refused, engine(tiny("olmo2"), {"drafter": VIEWS["exit"]}, **ENGINE):
+        pass
+
+
+@pytest.mark.skipif(not older_than("0.32"), reason="vLLM itself refuses it on runner V1 since")
+def test_experts_for_router_replay_are_not_overwritten(tiny: Callable[..., str]) -> None:
+    """They are read where the router left them, after the drafts have run through it, too."""
+    settings = {"drafter": VIEWS["exit"], "control": {"mode": "fixed"}}
+    refused = pytest.raises(ConfigError, match="enable_return_routed_experts")
+    with refused, engine(tiny("qwen3_moe"), settings, **ENGINE, enable_return_routed_experts=True):
+        pass

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import emulated_cuda
 import pytest
 import torch
 from engines import Job, drafter_of, drive, engine, random_lengths, random_prompt, runner_of, watch
-from tiny_models import FAMILIES, MORE_FAMILIES, build_model
+from tiny_models import FAMILIES, IN_TRANSFORMERS, MORE_FAMILIES, build_model
 from torch import nn
 from transformers import Gemma3nTextConfig
 from vllm import SamplingParams
@@ -23,6 +24,8 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.drafter.exit_head import ExitHead, ExitHeadInfo, fits_behind, save
+from vllm_selfspec.drafter.view import DraftModel
+from vllm_selfspec.plugin import older_than
 
 NATIVE = {"weights": "native", "lm_head": "native"}
 JOBS = [
@@ -48,29 +51,14 @@ def test_a_whole_view_is_never_rejected(family: str, tiny: Callable[..., str]) -
     """Also: the flag alone takes models with windows on some of their layers."""
     if emulated_cuda.wanted() and "moe" in family:
         pytest.skip("its router needs a compiled CUDA kernel")
+    if family in IN_TRANSFORMERS and older_than("0.32"):
+        pytest.skip("refused on this vLLM")
     arguments: dict[str, Any] = {"hf_overrides": MINICPM} if family == "minicpm" else {}
     with engine(tiny("llama" if family == "minicpm" else family), settings(), **arguments) as llm:
         seen = watch(llm, random_lengths(1, 5))
         drive(llm, JOBS)
     assert seen.drafted > 60
     assert seen.accepted == seen.drafted
-
-
-def test_a_model_that_runs_its_layers_by_another_way_is_refused(tiny: Callable[..., str], tmp_path: Path) -> None:
-    """Gemma 3n keeps what it runs in two stacks of their own: other layers in `model.layers` would change nothing."""
-    config = Gemma3nTextConfig(
-        **{"vocab_size": 256, "vocab_size_per_layer_input": 256, "hidden_size": 128, "intermediate_size": 192},
-        **{"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
-        **{"hidden_size_per_layer_input": 32, "laurel_rank": 8, "num_kv_shared_layers": 0, "sliding_window": 48},
-        **{"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "activation_sparsity_pattern": [0.0] * 4},
-        **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "dtype": "float32"},
-    )
-    build_model(config, seed=0).save_pretrained(tmp_path)
-    with (
-        pytest.raises(ConfigError, match=r"Gemma3nForCausalLM, which does not run its layers by way of model\.layers"),
-        engine(str(tmp_path), settings(exit_layer=2)),
-    ):
-        pass
 
 
 HEADS_FIT = {"llama": True, "gemma3": True, "granite": False, "exaone4": False, "cohere": False, "olmo2": False}
@@ -102,7 +90,7 @@ def test_what_a_mixture_looks_up_by_name_is_not_quantized(tiny: Callable[..., st
     """vLLM finds the experts, the shared one among them, by the target's name for the layer: a copy would not run."""
     with engine(tiny("qwen2_moe"), settings(weights="int8", lm_head="int8")) as llm:
         tap = drafter_of(llm)._tap
-        quantized = {layer.prefix for layer in tap._states}
+        quantized = {getattr(layer, "prefix", "") for layer in tap._states}
         assert not any("shared_expert" in prefix for prefix in quantized)
         assert sum("qkv_proj" in prefix for prefix in quantized) == 4
         assert sum("o_proj" in prefix for prefix in quantized) == 4
@@ -128,6 +116,17 @@ def test_what_the_view_does_not_use_is_forgotten(tiny: Callable[..., str]) -> No
         assert isinstance(target.lm_head.weight, torch.Tensor) and fits_behind(target.model, llm.model_config)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_logits_of_drafts_are_numbers(dtype: torch.dtype) -> None:
+    """vLLM's rejection sampler is not exact with a q that is none."""
+    spoilt = torch.tensor([[1.0, torch.nan, 2.0, -torch.inf], [1.0, torch.inf, 2.0, 3.0]], dtype=dtype)
+    head = SimpleNamespace(compute_logits=lambda hidden: spoilt.clone())
+    logits = DraftModel(nn.Identity(), head).compute_logits(torch.zeros(2, 8))
+    probs = (logits.float() / 0.01).softmax(dim=-1)
+    assert probs.isfinite().all() and probs.argmax(dim=-1).tolist() == [2, 1]
+    assert torch.equal(logits[0, ::2], spoilt[0, ::2]) and probs[0, 3] == 0
+
+
 def test_the_same_arguments_make_one_config_after_another(tiny: Callable[..., str]) -> None:
     arguments = EngineArgs(
         model=tiny("gemma3"), dtype="float32", skip_tokenizer_init=True, speculative_config={"method": "selfspec"}
@@ -143,3 +142,20 @@ def test_the_same_arguments_make_one_config_after_another(tiny: Callable[..., st
     config = arguments.create_engine_config()
     assert config.speculative_config is None and config.scheduler_config.scheduler_cls is None
     assert arguments.disable_hybrid_kv_cache_manager is None
+
+
+def test_a_model_that_runs_its_layers_by_another_way_is_refused(tiny: Callable[..., str], tmp_path: Path) -> None:
+    """Gemma 3n keeps what it runs in two stacks of their own: other layers in `model.layers` would change nothing."""
+    config = Gemma3nTextConfig(
+        **{"vocab_size": 256, "vocab_size_per_layer_input": 256, "hidden_size": 128, "intermediate_size": 192},
+        **{"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
+        **{"hidden_size_per_layer_input": 32, "laurel_rank": 8, "num_kv_shared_layers": 0, "sliding_window": 48},
+        **{"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "activation_sparsity_pattern": [0.0] * 4},
+        **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "dtype": "float32"},
+    )
+    build_model(config, seed=0).save_pretrained(tmp_path)
+    with (
+        pytest.raises(ConfigError, match=r"Gemma3nForCausalLM, which does not run its layers by way of model\.layers"),
+        engine(str(tmp_path), settings(exit_layer=2)),
+    ):
+        pass

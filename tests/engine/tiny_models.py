@@ -64,7 +64,6 @@ FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
         **({"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 48} | shape | {"tie_word_embeddings": True})
     ),
     "phi3": lambda **shape: Phi3Config(**shape),
-    # Since vLLM 0.30 of its Transformers backend.
     "olmo2": lambda **shape: Olmo2Config(**shape),
     "qwen3_moe": lambda **shape: Qwen3MoeConfig(
         **(
@@ -122,6 +121,9 @@ MORE_FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
     "starcoder2": lambda **shape: Starcoder2Config(**shape),
 }
 """Families whose views are checked against the target itself."""
+
+IN_TRANSFORMERS = {"olmo2", "olmo3", "seed_oss", "smollm3", "starcoder2"}
+"""Those of vLLM's Transformers backend in 0.32; in 0.29 most are, and selfspec refuses it."""
 
 
 def write_checkpoint(folder: Path, family: str = "llama", *, seed: int = 0, gain: float = 1.0, **shape: Any) -> Path:

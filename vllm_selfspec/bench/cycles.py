@@ -102,6 +102,8 @@ class CycleClock:
         table: tuple[Timer, ...] = TIMERS,
     ) -> None:
         self.table = table
+        self.views: set[bool | None] = set()
+        """Which views of the drafter drafted: light or not, None where it has one."""
         self._batch, self._synchronize, self._clock = batch, synchronize, clock
         self._cycle: Cycle | None = None
         self._closed: list[tuple[Cycle, float]] = []
@@ -130,6 +132,8 @@ class CycleClock:
                 self._closed.append((self._cycle, now - self._cycle.start))
             self._cycle = cycle = Cycle(now)
             output = function(*args, **kwargs)
+            if getattr(output, "num_spec_tokens_to_schedule", 0):
+                self.views.add(getattr(output, "selfspec_light", None))
             cycle.counts = not output.scheduled_new_reqs and len(output.num_scheduled_tokens) == self._batch
             return output
 
@@ -224,8 +228,8 @@ def profile(llm: Any, requests: list[dict[str, Any]], sampling: dict[str, Any]) 
         sampling: keyword arguments of `vllm.SamplingParams`.
 
     Returns:
-        `CycleClock.split`, with `bytes_per_call` of the weights that a part reads (None where it reads none or a part
-        of them only).
+        `CycleClock.split`, with `bytes_per_call` of the weights that a part reads (None where it reads none, a part of
+        them only, or now those of one view and now those of the other).
     """
     import torch
     from vllm.platforms import current_platform
@@ -238,7 +242,7 @@ def profile(llm: Any, requests: list[dict[str, Any]], sampling: dict[str, Any]) 
     with timers(clock, vars(parts), drafts):
         _generate(llm, requests, sampling)
     split = clock.split()
-    sizes = _weight_bytes(parts.runner, drafts)
+    sizes = _weight_bytes(parts.runner, drafts and len(clock.views) == 1)
     for part in split["parts"]:
         part["bytes_per_call"] = sizes.get(part["name"])
     return split
@@ -277,9 +281,11 @@ def _wait(device: Any) -> None:
 def _engine_parts(llm: Any) -> SimpleNamespace:
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     if core is None:
-        raise ValueError("the time split needs an engine with everything in one process")
-    runner = core.model_executor.driver_worker.worker.model_runner
-    return SimpleNamespace(engine=llm.llm_engine, core=core, runner=runner)
+        raise ValueError("the time split needs an engine with everything in one process; use --no-profile")
+    worker = getattr(core.model_executor, "driver_worker", None)  # UniProcExecutor's
+    if worker is None:
+        raise ValueError("the time split needs the model in the scheduler's process; use --no-profile")
+    return SimpleNamespace(engine=llm.llm_engine, core=core, runner=worker.worker.model_runner)
 
 
 def _generate(llm: Any, requests: list[dict[str, Any]], sampling: dict[str, Any]) -> None:
@@ -301,7 +307,7 @@ def _is_v2(runner: Any) -> bool:
     return isinstance(runner, GPUModelRunner)
 
 
-def _weight_bytes(runner: Any, drafts: bool) -> dict[str, int | None]:
+def _weight_bytes(runner: Any, one_view_drafts: bool) -> dict[str, int | None]:
     from vllm_selfspec.drafter.view import language_model, lm_head_path
 
     top = language_model(runner.get_model())
@@ -309,7 +315,7 @@ def _weight_bytes(runner: Any, drafts: bool) -> dict[str, int | None]:
         "verify forward": stack_bytes(top.model.layers),
         "verify head": linear_bytes(top.get_submodule(lm_head_path(top))),
     }
-    if drafts and not _is_v2(runner):
+    if one_view_drafts and not _is_v2(runner):  # a layer with two views says what the last draft has read
         draft_model = runner.drafter.model
         sizes["draft forward"] = stack_bytes(draft_model.backbone.decoder.layers)
         sizes["draft head"] = linear_bytes(draft_model._head[0].get_submodule(lm_head_path(top)))

@@ -14,9 +14,11 @@ _PART_COLORS = {
     "draft forward": "#1f77b4",
     "draft head": "#6baed6",
     "draft sampling": "#c6dbef",
+    "drafts": "#1f77b4",
     "verify forward": "#31a354",
     "verify head": "#a1d99b",
     "rejection sampling": "#d62728",
+    "verify head and sampling": "#d62728",
     "scheduler": "#9467bd",
     "output": "#c49c94",
     "rest": "#bdbdbd",
@@ -151,8 +153,7 @@ def _rollouts(run: BenchRun, rows: Sequence[Row]) -> str:
 
 
 def _splits(run: BenchRun) -> str:
-    names = list(dict.fromkeys(part.name for split in run.splits for part in split.parts))
-    ordered = [name for name in _PART_COLORS if name in names]
+    ordered = _parts(run.splits)
     head = [_label(run, "one cycle, ms (limit)"), "temperature", "B", "whole", *ordered]
     rows = []
     for split in run.splits:
@@ -164,6 +165,12 @@ def _splits(run: BenchRun) -> str:
         f"({bandwidth / 1e9:.1f} GB/s). Timed in extra rounds with everything in one process; parts of a cycle add up."
     )
     return f"{_table(head, rows)}\n\n{note}"
+
+
+def _parts(splits: Sequence[Split]) -> list[str]:
+    """Names of all parts: first the known ones in their order, then any others."""
+    names = list(dict.fromkeys(part.name for split in splits for part in split.parts))
+    return [*(name for name in _PART_COLORS if name in names), *(name for name in names if name not in _PART_COLORS)]
 
 
 def _part_cell(split: Split, name: str) -> str:
@@ -238,9 +245,9 @@ def _plot_rollouts(axes: Any, rows: Sequence[Row]) -> None:
 def _plot_splits(axes: Any, splits: Sequence[Split], temperature: float) -> None:
     names = [f"{split.name}\nB={split.case.batch}" for split in splits]
     bottom, limits = [0.0] * len(splits), [0.0] * len(splits)
-    for name, color in _PART_COLORS.items():
+    for name in _parts(splits):
         heights = [1e3 * part.seconds if (part := split.part(name)) else 0.0 for split in splits]
-        axes.bar(names, heights, bottom=bottom, color=color, label=name)
+        axes.bar(names, heights, bottom=bottom, color=_PART_COLORS.get(name), label=name)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
         for place, split in enumerate(splits):
             found = split.part(name)

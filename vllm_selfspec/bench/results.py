@@ -7,11 +7,13 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, with_config
+from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
 from vllm_selfspec.errors import UsageError, write_whole
+from vllm_selfspec.provenance import Provenance
 from vllm_selfspec.results import SpecCounts
 
 Kind = Literal["batch", "rollout"]
@@ -40,9 +42,9 @@ class Measured(_Model):
     index: int
     """Rounds of the two sides with the same index ran one right after the other."""
     case: Case
-    seconds: float
+    seconds: PositiveFloat
     num_samples: int
-    num_tokens: int
+    num_tokens: PositiveInt
     """Generated tokens, prompts not included."""
     latency_seconds: float
     """Mean over the samples of (time from hand-over to finish) / (tokens of the sample)."""
@@ -71,7 +73,7 @@ class Skipped(_Model):
     peer: str
     reason: str
     failed: bool
-    """True: its engine died while it was measured. False: it cannot be run here."""
+    """True: its engine died, or it was not measured to the end. False: it cannot be run here."""
 
 
 class Part(_Model):
@@ -96,7 +98,7 @@ class Split(_Model):
     case: Case
     cycles: int
     seconds: float
-    bandwidth: float
+    bandwidth: PositiveFloat
     """Bytes per second, measured in the same process."""
     parts: list[Part]
 
@@ -163,15 +165,41 @@ class Row:
         }
 
 
+@with_config(ConfigDict(extra="allow"))
+class BenchSettings(TypedDict):
+    """The options of a benchmark. Tables and plots need those that are not `NotRequired`."""
+
+    model: str
+    peers: NotRequired[list[str]]
+    draft_model: NotRequired[str | None]
+    batches: NotRequired[list[int]]
+    temperatures: NotRequired[list[float]]
+    rounds: NotRequired[int]
+    max_tokens: int
+    prompts: NotRequired[str]
+    num_prompts: int
+    rollout: NotRequired[bool]
+    rollout_samples: int
+    rollout_max_tokens: int
+    profile: NotRequired[bool]
+    synthetic_acceptance: float | None
+    stock_peers: NotRequired[bool]
+    compile: bool
+    dtype: NotRequired[str]
+    max_model_len: NotRequired[int | None]
+    seed: NotRequired[int]
+    engine_args: NotRequired[dict[str, Any]]
+
+
 class BenchRun(_Model):
     """All that `vllm-selfspec bench` measured, and how."""
 
     kind: Literal["bench"] = "bench"
     simulated: bool
     """True: dummy weights, and drafts accepted by a given probability instead of the model's."""
-    provenance: list[dict[str, Any]]
+    provenance: list[Provenance] = Field(min_length=1)
     """One per run; several after merging."""
-    settings: dict[str, Any]
+    settings: BenchSettings
     pairs: list[Pair] = Field(default_factory=list)
     skipped: list[Skipped] = Field(default_factory=list)
     splits: list[Split] = Field(default_factory=list)
@@ -290,6 +318,12 @@ def _neighbours(rounds: Iterable[Measured]) -> list[tuple[Measured, Measured]]:
 
 # What may differ between results that go into one table.
 _FREE_SETTINGS = ("peers", "batches", "temperatures", "rounds", "rollout", "profile")
+# What says nothing of a result without cases of that kind.
+_SETTINGS_OF_KIND: dict[str, Kind] = {
+    "max_tokens": "batch",
+    "rollout_samples": "rollout",
+    "rollout_max_tokens": "rollout",
+}
 
 
 def merge(runs: Sequence[BenchRun]) -> BenchRun:
@@ -299,11 +333,8 @@ def merge(runs: Sequence[BenchRun]) -> BenchRun:
         UsageError: when they were measured in different ways, which is named.
     """
     first = runs[0]
+    settings = _merged_settings(runs)
     for run in runs[1:]:
-        for name in sorted(first.settings.keys() | run.settings.keys()):
-            ours, theirs = first.settings.get(name), run.settings.get(name)
-            if name not in _FREE_SETTINGS and ours != theirs:
-                raise UsageError(f"--merge: {name} is {ours!r} in one result and {theirs!r} in another")
         if run.simulated != first.simulated:
             raise UsageError("--merge: one result is simulated and another is not")
         for name in ("hardware", "versions"):
@@ -317,7 +348,7 @@ def merge(runs: Sequence[BenchRun]) -> BenchRun:
     return BenchRun(
         simulated=first.simulated,
         provenance=[entry for run in runs for entry in run.provenance],
-        settings={name: value for name, value in first.settings.items() if name not in _FREE_SETTINGS},
+        settings=settings,
         pairs=[pair for run in runs for pair in run.pairs],
         skipped=list(
             {
@@ -330,3 +361,17 @@ def merge(runs: Sequence[BenchRun]) -> BenchRun:
         splits=list({(split.name, split.case): split for run in runs for split in run.splits}.values()),
         interrupted=any(run.interrupted for run in runs),
     )
+
+
+def _merged_settings(runs: Sequence[BenchRun]) -> BenchSettings:
+    """What all runs have in common; a setting of one kind of case is that of the runs with such cases."""
+    merged: dict[str, Any] = {}
+    for name in sorted({name for run in runs for name in run.settings} - set(_FREE_SETTINGS)):
+        kind = _SETTINGS_OF_KIND.get(name)
+        concerned = [run for run in runs if kind is None or any(case.kind == kind for case in run.cases())]
+        told = [run.settings.get(name) for run in concerned or runs]
+        for value in told:
+            if value != told[0]:
+                raise UsageError(f"--merge: {name} is {told[0]!r} in one result and {value!r} in another")
+        merged[name] = told[0]
+    return cast(BenchSettings, merged)

@@ -153,11 +153,25 @@ def bench(
     further = further_engine_args(engine_args, "dtype", "load_format", "worker_extension_cls")
     batch_sizes = _numbers("--batches", batches, int, lowest=1)
     heats = _numbers("--temperatures", temperatures, float, lowest=0)
+    if batch_sizes and not heats:
+        raise UsageError("--temperatures: names none; name some, such as 1,0")
     cases = [results.Case(kind="batch", batch=b, temperature=t) for t in heats for b in batch_sizes]
+    if rollout and max(batch_sizes, default=0) > rollout_batch:
+        # All samples are handed over at once, and the engine runs as many of them as the largest case.
+        raise UsageError(
+            f"--rollout-batch: is {rollout_batch}, but engines that run the {max(batch_sizes)} of --batches would run "
+            "as many samples of the rollout; give at least that, or measure the rollout by itself with --batches ''"
+        )
     if rollout:
         cases.append(results.Case(kind="rollout", batch=rollout_batch, temperature=_ROLLOUT_TEMPERATURE))
     if not cases:
         raise UsageError("--batches: names no batch size; name some, or add --rollout")
+    ranks = [name for name in ("tensor_parallel_size", "pipeline_parallel_size") if further.get(name, 1) != 1]
+    if profile and batch_sizes and ranks:
+        raise UsageError(
+            f"--engine-args: {' and '.join(ranks)} needs several processes, but the time split the whole model in one; "
+            "add --no-profile"
+        )
     choices = Choices(
         draft_model=None if draft_model is None else _resolve_draft_model(draft_model),
         draft_sample_method=draft_sample_method.value,
@@ -233,8 +247,8 @@ def bench(
     finally:
         run.save(folder / _RESULT)
     _finish(run, folder, markdown, console, json_)
-    if failed := [item.peer for item in run.skipped if item.failed]:
-        raise EngineError(f"the engine of {', '.join(failed)} died while it was measured; the rest is in {folder}")
+    if failed := dict.fromkeys(item.peer for item in run.skipped if item.failed):
+        raise EngineError(f"{', '.join(failed)} could not be measured to the end; the rest is in {folder}")
 
 
 @dataclass
@@ -258,7 +272,7 @@ class _Bench:
         runnable = [peer for peer in peers if peer.skip is None]
         for peer in peers:
             if peer.skip is not None:
-                self._skip(peer, peer.skip, failed=False)
+                self._skip(peer.name, peer.skip, failed=False)
         if not runnable:
             return
         with _progress(self.console) as progress:
@@ -270,7 +284,7 @@ class _Bench:
                     try:
                         self._measure_pair(peer, plain, plain_startup, cases, progress, task)
                     except _PeerError as error:
-                        self._skip(peer, str(error), failed=error.started)
+                        self._skip(peer.name, str(error), failed=error.failed)
                     self.run.save(self.folder / _RESULT)
 
     def _measure_pair(
@@ -355,28 +369,37 @@ class _Bench:
         return {"temperature": case.temperature, "max_tokens": self.max_tokens, "ignore_eos": True}
 
     def profile(self, peers: list[Peer], cases: list[Case]) -> None:
-        """Split the time of a cycle of plain decoding and of every selfspec peer that was measured."""
-        from vllm_selfspec.bench.results import Split
+        """Split the time of a cycle of plain decoding and of every selfspec peer that was measured.
 
+        Where that fails, the reason is noted and the next one has its turn.
+        """
         measured = set(self.run.peers())
         engines: list[Peer | None] = [None, *(p for p in peers if p.is_selfspec and p.name in measured)]
         for peer in engines:
             name = "plain" if peer is None else peer.name
-            with (
-                self.console.status(f"time split of {name}"),
-                self._start(peer, shared=False) as engine,
-            ):
-                engine.wait_ready()
-                bandwidth = engine.call("vllm_selfspec.bench.cycles:memory_bandwidth")
-                for case in cases:
-                    sampling = self._sampling(case) | {"max_tokens": min(self.max_tokens, _PROFILE_TOKENS)}
-                    requests = self._requests(case, 0)
-                    found = engine.call("vllm_selfspec.bench.cycles:profile", requests=requests, sampling=sampling)
-                    split = Split.model_validate(found | {"name": name, "case": case, "bandwidth": bandwidth})
-                    self.run.splits.append(split)
-            self.console.print(
-                f"time split of {name}: {len(cases)} cases, memory {bandwidth / 1e9:.1f} GB/s", highlight=False
-            )
+            try:
+                self._split(peer, name, cases)
+            except (UsageError, EngineError) as error:
+                self._skip(name, f"time split: {error}", failed=True)
+
+    def _split(self, peer: Peer | None, name: str, cases: list[Case]) -> None:
+        from vllm_selfspec.bench.results import Split
+
+        with (
+            self.console.status(f"time split of {name}"),
+            self._start(peer, shared=False) as engine,
+        ):
+            engine.wait_ready()
+            bandwidth = engine.call("vllm_selfspec.bench.cycles:memory_bandwidth")
+            for case in cases:
+                sampling = self._sampling(case) | {"max_tokens": min(self.max_tokens, _PROFILE_TOKENS)}
+                requests = self._requests(case, 0)
+                found = engine.call("vllm_selfspec.bench.cycles:profile", requests=requests, sampling=sampling)
+                split = Split.model_validate(found | {"name": name, "case": case, "bandwidth": bandwidth})
+                self.run.splits.append(split)
+        self.console.print(
+            f"time split of {name}: {len(cases)} cases, memory {bandwidth / 1e9:.1f} GB/s", highlight=False
+        )
 
     def _start(self, peer: Peer | None, *, shared: bool) -> EngineProcess:
         """Start an engine: beside another one and in vLLM's own processes (shared), or alone and in one process."""
@@ -399,13 +422,11 @@ class _Bench:
         log_path = self.folder / f"engine-{re.sub(r'[^a-z0-9_]+', '-', name)}{kind}.log"
         return EngineProcess(name, arguments, log_path, prepare=prepare, one_process=not shared)
 
-    def _skip(self, peer: Peer, reason: str, *, failed: bool) -> None:
+    def _skip(self, peer: str, reason: str, *, failed: bool) -> None:
         from vllm_selfspec.bench.results import Skipped
 
-        self.run.skipped.append(Skipped(peer=peer.name, reason=reason, failed=failed))
-        self.console.print(
-            f"{peer.name}: {'failed' if failed else 'skipped'}: {reason}", highlight=False, soft_wrap=True
-        )
+        self.run.skipped.append(Skipped(peer=peer, reason=reason, failed=failed))
+        self.console.print(f"{peer}: {'failed' if failed else 'skipped'}: {reason}", highlight=False, soft_wrap=True)
 
     def _figures(self, peer: str, case: Case) -> str:
         row = self.run.row(peer, case)
@@ -418,11 +439,11 @@ class _Bench:
 
 
 class _PeerError(Exception):
-    """A peer's engine refused to start, or died; `started` tells which."""
+    """A peer's engine died (`failed`), or refused to start because it cannot run here."""
 
-    def __init__(self, message: str, started: bool) -> None:
+    def __init__(self, message: str, failed: bool) -> None:
         super().__init__(message)
-        self.started = started
+        self.failed = failed
 
 
 @contextlib.contextmanager
@@ -430,7 +451,7 @@ def _errors_of_peer(*, started: bool) -> Iterator[None]:
     try:
         yield
     except (UsageError, EngineError) as error:
-        raise _PeerError(str(error), started) from error
+        raise _PeerError(str(error), failed=started or isinstance(error, EngineError)) from error
 
 
 def _check_synthetic(rollout: bool) -> None:

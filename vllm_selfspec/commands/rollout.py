@@ -97,7 +97,8 @@ def rollout(
     one after the other and compare the two results with `vllm-selfspec report`.
 
     With --workers N each mode is a pool of N Ray workers; their draft lengths, acceptance, utilisation and idle tails
-    are printed after each round and written to workers.jsonl.
+    are printed after each round and written to workers.jsonl. Their prefix caches are off unless --engine-args says
+    otherwise: nothing clears them between rounds.
 
     Every finished sample goes to samples.jsonl at once: Ctrl-C loses none of them.
     """
@@ -277,7 +278,8 @@ def run_rounds(
             console.print(f"[dim]{mode} engine ready in {run.startup_seconds[mode]:.1f} s[/dim]", highlight=False)
             engines[mode] = engine
         for index in range(rounds):
-            for mode, engine in engines.items():
+            # Alternating who goes first: a steady drift of the machine favours neither.
+            for mode, engine in list(engines.items())[:: 1 if index % 2 == 0 else -1]:
                 title = f"round {index + 1}/{rounds} {mode}"
                 finished, report = yield from _one_round(title, mode, index, engine, requests, sampling, console)
                 run.rounds.append(finished)

@@ -63,8 +63,13 @@ def simulate(
 
     from vllm_selfspec.control.cost_model import CostModel
     from vllm_selfspec.control.simulate import predict_recorded
+    from vllm_selfspec.results import new_file
 
     console = Console(stderr=json_)
+    if arrival_rate is not None and not 0 < arrival_rate < math.inf:
+        raise UsageError(f"--arrival-rate: is {arrival_rate:g}; give requests per second above 0, or leave it out")
+    if out is not None:
+        new_file(out / "results.json")
     try:
         cost = CostModel.from_profile(profile)
         if recording is not None:

@@ -780,6 +780,8 @@ class CostModel:
     @classmethod
     def from_dict(cls, profile: Mapping[str, Any]) -> CostModel:
         """Rebuild from `to_dict`'s form. ValueError: a field is missing or the schema version differs."""
+        if not isinstance(profile, Mapping):
+            raise ValueError(f"the profile is a {type(profile).__name__} and no object: calibrate again.")
         version = profile.get("schema_version")
         if version not in (1, SCHEMA_VERSION):
             raise ValueError(
@@ -789,7 +791,7 @@ class CostModel:
             columns = profile["points"]["columns"]
             points = [Point(**dict(zip(columns, row, strict=True))) for row in profile["points"]["rows"]]
             constants = ModelConstants(**profile["constants"])
-            meta = profile["meta"]
+            meta = dict(profile["meta"])
             if version == 1:  # an older form of the model, with the same points
                 return cls.fit(points, constants, meta)
             target = [p for p in points if p.component in _DECODING]
@@ -812,7 +814,7 @@ class CostModel:
         """Read a profile file. Raises ValueError naming the file when it cannot be used."""
         try:
             profile = json.loads(Path(path).read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"control.profile {path} cannot be read ({error}): give a profile file or 'auto'."
             ) from error

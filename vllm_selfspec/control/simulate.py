@@ -9,15 +9,18 @@ steps, and correlation of acceptance along a text.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vllm_selfspec.config import DrafterConfig
 from vllm_selfspec.control.acceptance import USUAL_REJECTION_RATIO
 from vllm_selfspec.control.calibrate import acceptance_length
 from vllm_selfspec.control.cost_model import CostModel, ModelConstants, Point, Roofline, StepTimes
@@ -544,7 +547,11 @@ def standard_policies(
 
     On a profile of a drafter with two views, ours and the oracle choose between them.
     """
-    chosen = settings or ControlSettings(max_draft_tokens=max_draft_tokens, light_view=cost.has_light_view)
+    chosen = settings or ControlSettings(
+        max_draft_tokens=max_draft_tokens,
+        light_view=cost.has_light_view,
+        acceptance_prior=assumed_acceptance(cost),
+    )
 
     def build(clock: Clock) -> dict[str, Policy]:
         team: list[Policy] = [PlainPolicy(), *(FixedPolicy(gamma) for gamma in fixed)]
@@ -557,15 +564,72 @@ def standard_policies(
     return build
 
 
+def assumed_acceptance(cost: CostModel) -> float:
+    """What an engine's controller assumes before any draft was verified, for the drafter that the profile names."""
+    try:  # as an engine writes it: its JSON, then how many tokens it may draft
+        named, _ = json.JSONDecoder().raw_decode(str(cost.meta.get("drafter")))
+        drafter = DrafterConfig.model_validate(named)
+    except ValueError:  # in words, as of a sweep
+        drafter = DrafterConfig.model_validate({})
+    return drafter.usual_acceptance(cost.has_light_view)
+
+
+_Count = Annotated[int, Field(ge=1, strict=True)]
+_Tokens = Annotated[int, Field(ge=0, strict=True)]
+_Seconds = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+class Recording(BaseModel):
+    """A recorded rollout: docs/control.md. What else the object holds is not read."""
+
+    model_config = ConfigDict(frozen=True)
+
+    output_lengths: list[_Count] = Field(min_length=1)
+    """Tokens per request."""
+    prompt_lengths: list[_Tokens] = []
+    """One per request; none: 64 each."""
+    max_num_seqs: _Count | None = None
+    """None: all at once."""
+    mode: Literal["plain", "fixed", "adaptive"] = "plain"
+    num_speculative_tokens: int = Field(7, ge=1, le=32)
+    acceptance: float = Field(0.97, ge=0.0, le=1.0)
+    """Per drafted token, given that those before it were accepted."""
+    acceptance_prior: float | None = Field(None, gt=0.0, lt=1.0)
+    """What the controller took it for at the start; None: that of a new engine."""
+    light_view: bool | None = None
+    """Whether the controller may choose it; None: where the profile has it."""
+    rejection_ratio: float = Field(USUAL_REJECTION_RATIO, ge=1.0, allow_inf_nan=False)
+    makespan: _Seconds | None = None
+    step_seconds: list[_Seconds] = []
+
+    @classmethod
+    def parse(cls, recording: object) -> Recording:
+        """Check a recording. ValueError: one sentence about the first field that is wrong."""
+        if not isinstance(recording, Mapping):
+            raise ValueError(f"the recording is a {type(recording).__name__}: give an object with output_lengths.")
+        try:
+            found = cls.model_validate(recording)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise ValueError(f"{where} of the recording is wrong: {problem['msg'].lower()}.") from None
+        if found.prompt_lengths and len(found.prompt_lengths) != len(found.output_lengths):
+            raise ValueError(
+                f"prompt_lengths of the recording has {len(found.prompt_lengths)} entries and output_lengths "
+                f"{len(found.output_lengths)}: give one per request, or leave it out."
+            )
+        return found
+
+    def measured_seconds(self) -> float | None:
+        """The makespan, or all steps together; None where neither was recorded."""
+        return math.fsum(self.step_seconds) if self.makespan is None and self.step_seconds else self.makespan
+
+
 def predict_recorded(recording: Mapping[str, Any], cost: CostModel, *, seed: int = 0) -> dict[str, Any]:
     """Predict the makespan of a recorded rollout.
 
     Args:
-        recording: `output_lengths` (tokens per request); optional `prompt_lengths` (default 64), `max_num_seqs`
-            (default all at once), `mode` ("plain", "fixed" or "adaptive", default "plain"), `num_speculative_tokens`
-            (default 7), `acceptance` per drafted token (default 0.97), `light_view`: whether the controller may choose
-            it (default: the profile has it), and its `rejection_ratio` (default 2.5), `makespan` (measured seconds),
-            `step_seconds`.
+        recording: the fields of `Recording`.
         cost: the profile of the machine it ran on.
         seed: of the acceptance draws.
 
@@ -576,46 +640,40 @@ def predict_recorded(recording: Mapping[str, Any], cost: CostModel, *, seed: int
     Raises:
         ValueError: a field is missing or impossible.
     """
-    if not recording.get("output_lengths"):
-        raise ValueError("the recording has no output_lengths: give the number of output tokens of each request.")
-    lengths = np.asarray(recording["output_lengths"], dtype=np.int64)
-    prompts = np.broadcast_to(np.asarray(recording.get("prompt_lengths", 64), dtype=np.int64), lengths.shape)
-    gamma = int(recording.get("num_speculative_tokens", 7))
-    batch = int(recording.get("max_num_seqs", len(lengths)))
+    told = Recording.parse(recording)
+    lengths = np.asarray(told.output_lengths, dtype=np.int64)
+    prompts = np.asarray(told.prompt_lengths or [64] * len(lengths), dtype=np.int64)
+    gamma = told.num_speculative_tokens
+    batch = told.max_num_seqs or len(lengths)
     workload = Workload(
         output_tokens=lengths,
         prompt_tokens=prompts,
         context_tokens=prompts,
         arrivals=np.zeros(len(lengths)),
-        acceptance=np.full(len(lengths), float(recording.get("acceptance", 0.97))),
-        rejection_ratio=float(recording.get("rejection_ratio", USUAL_REJECTION_RATIO)),
+        acceptance=np.full(len(lengths), told.acceptance),
+        rejection_ratio=told.rejection_ratio,
         max_num_seqs=batch,
     )
-    mode = recording.get("mode", "plain")
+    settings = ControlSettings(
+        max_draft_tokens=gamma,
+        light_view=cost.has_light_view if told.light_view is None else told.light_view,
+        acceptance_prior=told.acceptance_prior or assumed_acceptance(cost),
+    )
     policies: dict[str, Callable[[], Policy]] = {
         "plain": PlainPolicy,
         "fixed": lambda: FixedPolicy(gamma),
-        "adaptive": lambda: ControllerPolicy(
-            ControlSettings(max_draft_tokens=gamma, light_view=bool(recording.get("light_view", cost.has_light_view))),
-            cost,
-            batch,
-        ),
+        "adaptive": lambda: ControllerPolicy(settings, cost, batch),
     }
-    if mode not in policies:
-        raise ValueError(f"mode of the recording is {mode!r}: give one of {', '.join(policies)}.")
     rng = np.random.default_rng(seed)
-    outcome = simulate_rollout(workload, policies[mode](), Clock(cost, gamma, 0.0, rng), rng)
+    outcome = simulate_rollout(workload, policies[told.mode](), Clock(cost, gamma, 0.0, rng), rng)
     result: dict[str, Any] = {
         "simulated": True,
-        "mode": mode,
+        "mode": told.mode,
         "predicted_makespan": outcome.makespan,
         "predicted_steps": outcome.steps,
     }
-    measured = recording.get("makespan")
-    if measured is None and recording.get("step_seconds"):
-        measured = math.fsum(recording["step_seconds"])
-    if measured is not None:
-        result |= {"measured_makespan": float(measured), "error": outcome.makespan / float(measured) - 1.0}
+    if (measured := told.measured_seconds()) is not None:
+        result |= {"measured_makespan": measured, "error": outcome.makespan / measured - 1.0}
     return result
 
 

@@ -195,8 +195,6 @@ class DraftModel(nn.Module):
         """Which view runs, where there are two; None: the light one while it has few rows."""
         self.logits_dtype: torch.dtype | None = None
         """Of what `compute_logits` returns; None: as the head computes them."""
-        self.keeps_logits_finite = True
-        """Whether what is no number becomes one, so that drafts are drawn from the very q that is verified."""
 
     @property
     def has_light_view(self) -> bool:
@@ -215,11 +213,13 @@ class DraftModel(nn.Module):
         return self.backbone(input_ids, positions)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits [T, vocab_size] of hidden states [T, hidden_size]."""
+        """Logits [T, vocab_size] of hidden states [T, hidden_size], all of them numbers.
+
+        With others vLLM's rejection sampler would not be exact: a view may overflow where the target does not.
+        """
         self._choose_view(len(hidden_states))
         logits = self._head[0].compute_logits(hidden_states)
-        if self.keeps_logits_finite:
-            logits.nan_to_num_(nan=0.0, posinf=_BOUND, neginf=-_BOUND)
+        logits.nan_to_num_(nan=0.0, posinf=_BOUND, neginf=-_BOUND)
         return logits if self.logits_dtype is None else logits.to(self.logits_dtype)
 
 
@@ -273,6 +273,11 @@ def build_view(
         raise ConfigError("drafter.lm_head cannot be quantized a second time on this checkpoint: set it to 'native'.")
 
     shared = [m for layer in chosen for m in layer.modules() if isinstance(m, AttentionLayerBase)]
+    if not shared:  # the Transformers backend of vLLM 0.29
+        raise ConfigError(
+            f"method selfspec cannot make a view of {type(target).__name__}, whose attention is outside of its layers "
+            "in this vLLM: use 0.32 or newer, or remove the speculative config for this model."
+        )
     draft_layers = DraftLayers() if begins_batches and usable_for(shared) else None
     # Experts and attention are found again by the target's names for them, and with them what they hold.
     by_name = [m for layer in chosen for m in layer.modules() if isinstance(m, AttentionLayerBase | MoERunnerInterface)]

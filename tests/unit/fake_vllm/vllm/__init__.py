@@ -1,8 +1,8 @@
 """Stands in for vLLM in an engine process: answers every request with the same few tokens, or misbehaves on order.
 
-`model` in the engine's arguments says what happens: `ok`, `refuse` (a ValueError at start), `die` (the process ends in
-the middle of the second generation), `slow` (a sample takes 50 ms), `child` (leaves a process of its own behind). A
-draft model of such a name makes the engine that speculates with it behave so.
+`model` in the engine's arguments says what happens: `ok`, `refuse` (a ValueError at start), `crash` (another error at
+start), `die` (the process ends in the middle of the second generation), `slow` (a sample takes 50 ms), `child` (leaves
+a process of its own behind). A draft model of such a name makes the engine that speculates with it behave so.
 """
 
 import os
@@ -25,6 +25,8 @@ class LLM:
         print(f"engine arguments: {options}", flush=True)
         if self.behaviour == "refuse":
             raise ValueError("drafter.exit_layer is 99, but the model has 4 layers: set it between 1 and 3.")
+        if self.behaviour == "crash":
+            raise RuntimeError("the fake device is gone")
         if self.behaviour == "child":
             process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
             print(f"left behind: {process.pid}", flush=True)
