@@ -136,7 +136,8 @@ oldest-vllm-test: $(OLDEST)
 	export PYTHONPATH=$(CURDIR)/$(OLDEST)
 	echo "test 5/5: engine tests on vLLM $(OLDEST_VLLM_VERSION)"
 	$(ENGINE_TESTS) $(addprefix tests/engine/test_,$(addsuffix .py,families framework_updates kv_slots served compat \
-		cuda_fakes))
+		cuda_fakes) distribution.py::test_distribution_under_a_grammar) \
+		'tests/engine/test_distribution.py::test_distribution_of_mixed_batches[exit]'
 	echo "test 5/5: engine tests on vLLM $(OLDEST_VLLM_VERSION), CUDA's platform played by the CPU, model runner V2"
 	SELFSPEC_EMULATED_CUDA=1 VLLM_USE_V2_MODEL_RUNNER=1 $(ENGINE_TESTS) $(addprefix tests/engine/test_,kv_slots.py step_times.py) \
 		$(patsubst %,'tests/engine/test_families.py::test_family_equals_plain_decoding[%]',int8-qwen2 exit-llama)

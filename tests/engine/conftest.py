@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +35,24 @@ def script() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session", autouse=True)
+def profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Profiles that engines of this process measure are neither found in the user's cache nor left there.
+
+    A test that names a cache of its own gets it.
+    """
+    from vllm_selfspec import live_profile, models
+
+    folder, usual = tmp_path_factory.mktemp("cache"), os.environ.get("XDG_CACHE_HOME")
+
+    def cache_dir() -> Path:
+        return folder if os.environ.get("XDG_CACHE_HOME") == usual else models.cache_dir()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live_profile, "cache_dir", cache_dir)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from engines import AVX512_HALF, HALF_PRODUCTS
 
 from vllm_selfspec.compat import cpu_half_linear
 from vllm_selfspec.drafter import cpu_kernels
-from vllm_selfspec.drafter.quantize import int4_groups
+from vllm_selfspec.drafter.quantize import CpuInt4Linear, CpuInt8Linear, int4_groups
 from vllm_selfspec.drafter.quantize_rows import (
     Avx512Int4Linear,
     Avx512Int8Linear,
@@ -99,6 +99,43 @@ def test_quantized_products(shape: tuple[int, int], kind: type[RowsLinear], dtyp
         bias = rows_of(1, shape[0], dtype)[0]
         # eight bits of activations, whose rounding is 1/254 of the largest of a row
         assert error(linear.apply(x, bias), x.double() @ values.t() + bias.double()) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [CpuInt8Linear, CpuInt4Linear])
+def test_products_of_the_libraries_follow_a_refresh_in_place(
+    kind: type[CpuInt8Linear | CpuInt4Linear], dtype: torch.dtype
+) -> None:
+    """What draft where the package's own kernels cannot be built."""
+
+    def values_of(weight: torch.Tensor) -> torch.Tensor:
+        if kind is CpuInt8Linear:
+            return int8_values(weight.float())
+        q, scale_and_zero = int4_groups(weight, dtype)
+        scale, zero = scale_and_zero.float().split(1, dim=-1)
+        return ((q.float() - 8) * scale + zero).flatten(1)
+
+    def places() -> list[int]:
+        if isinstance(linear, CpuInt8Linear):
+            return [linear._scale.data_ptr(), linear._handler.handler_tensor.data_ptr()]
+        return [linear._packed.data_ptr(), linear._scale_and_zero.data_ptr()]
+
+    before, bias = weight_of((64, 128), dtype), rows_of(1, 64, dtype)[0]
+    after = before.flip(0) * 3
+    linear = kind(before)
+    before_refresh = places()
+    for weight in (before, after):
+        if weight is after:
+            linear.refresh(after)
+        values = values_of(weight).double()
+        for count in (1, 3, 16):
+            x = rows_of(count, 128, dtype)
+            expected = x.double() @ values.t()
+            assert error(linear.apply(x, None), expected) < 0.02
+            assert error(linear.apply(x[None], bias)[0], expected + bias.double()) < 0.02
+    assert places() == before_refresh
+    bits = 8 if kind is CpuInt8Linear else 4
+    assert after.numel() * bits / 8 < linear.nbytes < after.numel() * bits / 8 * 1.6
 
 
 def test_extreme_activations_do_not_saturate() -> None:

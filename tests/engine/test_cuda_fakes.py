@@ -314,7 +314,7 @@ def speculator(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
         made.model = made.load_draft_model(nn.Identity(), set())
     made.attn_groups = []
     made.kv_cache_config = SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=["layer"])])
-    made.builds = []
+    made.builds, made.draws = [], []
     made._updates_metadata, made._block_size = True, BLOCK
     alone = SimpleNamespace(is_first_rank=True, is_last_rank=True)
     monkeypatch.setattr("vllm.v1.worker.gpu.cudagraph_utils.get_pp_group", lambda: alone)
@@ -325,12 +325,23 @@ def speculator(vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
         return {"layer": None}
 
     def argmax(
-        logits: torch.Tensor, idx_mapping: torch.Tensor, *_: Any, logits_cache: Any, logits_cache_col: Any, **__: Any
-    ):
+        logits: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        *_: Any,
+        logits_cache: Any,
+        logits_cache_col: Any,
+        **__: Any,
+    ) -> torch.Tensor:
         assert logits.dtype == logits_cache.dtype
+        made.draws.append({})
         for row, request in enumerate(idx_mapping.tolist()):
             if request >= 0:
                 logits_cache[request, int(logits_cache_col)] = logits[row]
+                own = (temperature[request], seeds[request], positions[row])
+                made.draws[-1][request] = tuple(value.item() for value in own)
         return logits.argmax(dim=-1)
 
     monkeypatch.setattr(made, "_build_metadata", build)
@@ -364,8 +375,8 @@ def propose(speculator: Any, batch: list[dict[str, Any]], **arguments: Any) -> t
         torch.tensor([request.get("rejected", 0) for request in batch], dtype=torch.int32),
         last,
         torch.empty(0),
-        torch.zeros(speculator.max_num_reqs),
-        torch.zeros(speculator.max_num_reqs, dtype=torch.int64),
+        torch.arange(speculator.max_num_reqs) / 4,  # temperature
+        torch.arange(speculator.max_num_reqs) + 100,  # seeds
         **arguments,
     )
 
@@ -389,6 +400,16 @@ def test_v2_drafts_continue_each_request_from_its_last_accepted_token(speculator
         assert drafts[0, step] == token
         assert speculator.draft_logits[4, step].argmax() == token  # what the rejection sampler will be given
     assert speculator.model.steps[0]["query_start_loc"] == [0, 1, 2, 3, 4, 4, 4]
+
+
+def test_v2_draws_with_each_requests_temperature_and_seed_at_its_position(speculator: Any) -> None:
+    """vLLM keys a draw by the position before the drawn token; the rejection sampler reads the temperature again."""
+    propose(speculator, BATCH)
+    starts = {4: 6, 1: 7, 0: 0, 2: 23}
+    assert speculator.draws == [
+        {request: (request / 4, request + 100, start + step) for request, start in starts.items()}
+        for step in range(MAX_DRAFTS)
+    ]
 
 
 def test_v2_writes_only_slots_allocated_to_the_request(speculator: Any) -> None:
@@ -576,6 +597,16 @@ def test_v2_leaves_other_configs_to_vllm(vllm_config: VllmConfig) -> None:
 def test_v2_refuses_more_than_one_kv_cache_group(speculator: Any) -> None:
     with pytest.raises(ConfigError, match="one KV-cache group"):
         speculator.set_attn(None, SimpleNamespace(kv_cache_groups=[1, 2]), None, None, None)
+
+
+@pytest.mark.parametrize("field", ["enable_lora", "decode_context_parallel_size", "prefill_context_parallel_size"])
+def test_v2_refuses_what_its_draft_steps_do_not_have(field: str, vllm_config: VllmConfig) -> None:
+    if field == "enable_lora":
+        vllm_config.lora_config = SimpleNamespace()
+    else:
+        setattr(vllm_config.parallel_config, field, 2)
+    with pytest.raises(ConfigError, match=field):
+        speculator_module.init_speculator(never_called, vllm_config, torch.device("cpu"), None)
 
 
 def test_v2_captures_graphs_only_where_metadata_can_be_refreshed(

@@ -17,14 +17,16 @@ from typing import Any
 import interpreted_triton
 import pytest
 import torch
-from engines import drafter_of, engine, random_lengths, random_views, skip_without_kernels, watch
+from engines import drafter_of, engine, random_lengths, random_views, runner_of, skip_without_kernels, watch
 from scipy import stats
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from vllm import LLM, SamplingParams
+from vllm.platforms import current_platform
 from vllm.sampling_params import StructuredOutputsParams
 
-from vllm_selfspec.drafter import proposer
+from vllm_selfspec.compat import cpu_sampling
+from vllm_selfspec.drafter import proposer, sampling
 from vllm_selfspec.drafter.speculator import SelfDraftSpeculator
 
 VOCABULARY = 16
@@ -174,6 +176,40 @@ def test_distribution_of_mixed_batches(drafting: LLM, target: PreTrainedModel) -
     assert len(set(greedy)) == 1
     assert 0.1 < seen.acceptance < 0.9
     assert len(set(seen.lengths)) == 6
+
+
+@pytest.mark.skipif(interpreted_triton.wanted(), reason="of runner V1 on CPU; interpreted, a sample takes 0.2 s")
+def test_distribution_of_drafts_older_than_the_last_proposal(checkpoint: str, target: PreTrainedModel) -> None:
+    """Steps too small for all requests: some wait with their drafts, of which the probabilities are gone by then."""
+    settings = {"num_speculative_tokens": 3, "drafter": DRAFTERS["exit"], "control": {"mode": "fixed"}}
+    small = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 32}
+    with engine(checkpoint, settings, **small) as llm:
+        sampler, old = runner_of(llm).rejection_sampler, []
+        verify = sampler.forward
+
+        def forward(metadata: Any, draft_probs: torch.Tensor | None, *rest: Any) -> Any:
+            old.append(draft_probs is None and sum(metadata.num_draft_tokens) > 0)
+            return verify(metadata, draft_probs, *rest)
+
+        sampler.forward = forward
+        seen = watch(llm, random_lengths(3, 3))
+        (answers,) = sample(llm, [SETTINGS["temperature 1"]], 1_500)
+    assert sum(old) > 50
+    assert p_value(answers, exact(target, SETTINGS["temperature 1"])) > SIGNIFICANCE
+    assert 0.1 < seen.acceptance < 0.9
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="on CPU alone")
+def test_distribution_without_the_packages_kernels(
+    drafting: LLM, target: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn and verified by PyTorch's operations, as where the kernels cannot be built."""
+    for module in (sampling, cpu_sampling):
+        monkeypatch.setattr(module, "own_kernels", lambda: "")
+    watch(drafting, random_lengths(5, 5), random_views(5))
+    name = "temperature 0.7"
+    answers, _greedy = sample(drafting, [SETTINGS[name], {"temperature": 1.0, "top_k": 1}], 3_000)
+    assert p_value(answers, exact(target, SETTINGS[name])) > SIGNIFICANCE
 
 
 def test_distribution_of_seeded_requests(drafting: LLM, target: PreTrainedModel) -> None:

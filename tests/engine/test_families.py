@@ -154,7 +154,7 @@ def test_int4_leaves_the_attention_inputs_at_int8(weights: str, tiny: Callable[.
 def told(tiny: Callable[..., str]) -> Iterator[Callable[[Callable[[], int], list[Job]], list[StepState]]]:
     """`told(draft_length, jobs)`: what the policy hears of each step while an engine runs the jobs."""
     settings = {"num_speculative_tokens": 4, "drafter": {"weights": "native", "lm_head": "native"}}
-    with engine(tiny("llama"), settings, **ENGINE) as llm:
+    with engine(tiny("llama"), settings | {"control": {"per_request_batch": 1}}, **ENGINE) as llm:
         scheduler, states = scheduler_of(llm), []
         state_of = scheduler._state
 
@@ -182,6 +182,7 @@ def test_the_policy_knows_of_prompts_that_are_not_through(told: Callable[..., li
     steps = told(lambda: 0, [decoding, prompt])[4:7]
     assert [(step.num_decode, step.prefill_tokens) for step in steps] == [(1, 63), (1, 63), (2, 23)]
     assert [step.pending_prefill_tokens for step in steps] == [64, 24, 0]
+    assert [len(step.request_ids) for step in steps] == [1, 1, 0]  # told up to `per_request_batch`
     steps = told(lambda: 0, [decoding, prompt, waiting])[4:8]
     assert [step.num_waiting for step in steps] == [1, 1, 0, 0]
     assert [step.pending_prefill_tokens for step in steps] == [64, 64, 21, 0]

@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from engines import addresses, drafter_of, runner_of
+from engines import addresses, drafter_of, runner_of, scheduler_of
 from safetensors.torch import load_file
 from tiny_models import write_checkpoint
 from vllm import LLM, SamplingParams
 from vllm.platforms import current_platform
 
+from vllm_selfspec.control.alarm import AcceptanceAlarm
+from vllm_selfspec.drafter import refresh
 from vllm_selfspec.drafter.refresh import IDLE_SECONDS, WeightTap
+from vllm_selfspec.metrics import PREFIX
 
 PROMPTS = [[7, 11, 13, 17, 19], [23, 29, 31]]
 SPEC = {"method": "selfspec", "num_speculative_tokens": 3, "drafter": {"weights": "int8", "lm_head": "int8"}}
@@ -80,6 +83,13 @@ def in_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         yield
+
+
+@pytest.fixture(autouse=True)
+def hooks_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fingerprint must not find what a hook should have told."""
+    if write_in_place.__name__ not in request.node.name:
+        monkeypatch.setattr(refresh, "IDLE_SECONDS", 3600.0)
 
 
 @pytest.fixture
@@ -181,3 +191,31 @@ def test_updates_that_vllm_does_not_finish(
     assert buffers(llm) == places
     del llm
     gc.collect()
+
+
+def test_the_user_hears_of_a_stale_drafter_once_and_the_controller_of_a_new_one(
+    checkpoints: tuple[Path, Path],
+    fresh: tuple[int, list[list[int]]],
+    unpacked: None,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "[llama_tied" not in request.node.name:
+        pytest.skip("one model is enough")
+    llm = engine(checkpoints[0])
+    scheduler, model, changes = scheduler_of(llm), runner_of(llm).model, []
+    scheduler._alarm = AcceptanceAlarm(fast=20.0)  # few drafts are enough
+    monkeypatch.setattr(scheduler._controller, "drafter_has_changed", lambda: changes.append(None))
+
+    def alarms() -> int:
+        return sum(metric.value for metric in llm.get_metrics() if metric.name == PREFIX + "acceptance_alarms")
+
+    accepted_and_text(llm)
+    assert alarms() == 0
+    type(model).load_weights(model, iter(load_file(checkpoints[1] / "model.safetensors").items()))
+    accepted, text = accepted_and_text(llm)
+    assert text == fresh[1] and accepted < fresh[0] / 2
+    assert alarms() == 1 and not changes
+    llm.collective_rpc("selfspec_refresh")
+    assert accepted_and_text(llm) == fresh
+    assert alarms() == 1 and len(changes) == 1

@@ -10,9 +10,10 @@ directly needs its unpacked mode; the layerwise reloads work in both.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -257,6 +258,12 @@ def start(path: Path, **arguments: Any) -> Any:
     return engine(str(path), SELFSPEC, worker_extension_cls=f"{__name__}.TrainerExtension", max_num_seqs=4, **arguments)
 
 
+@pytest.fixture(autouse=True)
+def hooks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fingerprint, which looks after a pause, must not find what a hook should have told."""
+    monkeypatch.setattr(refresh, "IDLE_SECONDS", 3600.0)
+
+
 @pytest.fixture(scope="module", params=["llama_tied", "llama"])
 def versions(request: pytest.FixtureRequest, tiny: Callable[..., str]) -> tuple[Path, Path]:
     return Path(tiny(request.param, seed=1)), Path(tiny(request.param, seed=2))
@@ -331,16 +338,14 @@ def test_updates_of_weights_on_the_layers(
 
 
 def test_a_stale_drafter_is_told_from_a_fresh_one(
-    versions: tuple[Path, Path], unpacked: tuple[LLM, State], fresh: State, monkeypatch: pytest.MonkeyPatch
+    versions: tuple[Path, Path], unpacked: tuple[LLM, State], fresh: State
 ) -> None:
     """What the sequences above would show if the drafter did not follow: the right text, hardly a draft accepted."""
     llm, old = unpacked
     trl_colocate(llm, versions[0])
     assert same(state_of(llm), old)
-    with monkeypatch.context() as patch:
-        patch.setattr(refresh, "IDLE_SECONDS", 3600.0)
-        kernel_copies(llm, versions[1])
-        stale = state_of(llm)
+    kernel_copies(llm, versions[1])
+    stale = state_of(llm)
     assert stale.tokens == fresh.tokens
     assert stale.accepted < fresh.accepted / 4
     llm.collective_rpc("selfspec_refresh")
@@ -441,6 +446,32 @@ def test_weights_that_come_just_before_the_first_proposal(monkeypatch: pytest.Mo
     assert tap.refresh() == 1
     assert torch.equal(tap.state(model.linear).made_of, model.linear.weight)
     assert tap.refresh() == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_end_of_an_update_is_when_the_weights_are_others(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proposal in the middle of one sees the old weights; one that fails may have written some."""
+    monkeypatch.setattr(refresh, "quantize", lambda weight, precision, light: Recorded(weight))
+    worker, model = SimpleNamespace(vllm_config=object()), Target()
+    model.linear = nn.Linear(64, 8, bias=False)
+    tap = WeightTap(worker.vllm_config, lambda layer: "int8")
+    other = WeightTap(object(), lambda layer: "int8")
+    for one in (tap, other):
+        one.state(model.linear)
+        one.watch(model)
+
+    def update(self: Any, version: str) -> str:
+        assert tap.refresh() == 0
+        model.linear.weight.data.normal_()
+        if fails:
+            raise RuntimeError("half of the weights")
+        return version
+
+    with pytest.raises(RuntimeError, match="half of") if fails else nullcontext():
+        assert refresh.update_ends(update, worker, version="7") == "7"
+    assert tap.refresh() == 1
+    assert torch.equal(tap.state(model.linear).made_of, model.linear.weight)
+    assert not other._stale, "another engine's weights"
 
 
 def test_one_scheduler_per_rank_wants_one_profile(tiny: Callable[..., str]) -> None:

@@ -34,7 +34,9 @@ from engines import (
 )
 from vllm import LLM, RequestOutput
 
+from vllm_selfspec.control.policy import StepState
 from vllm_selfspec.drafter import proposer, speculator
+from vllm_selfspec.speculative_config import REQUEST_CAP
 
 RECORDED = interpreted_triton.on_runner_v2()
 """On runner V2, batches of one, two and three draft by replayed graphs, the first with a row of padding."""
@@ -274,6 +276,64 @@ def test_drafter_keeps_to_allocated_slots(
         assert seen.acceptance == 1.0
     if RECORDED:
         assert RecordedGraph.replays > 50
+
+
+def test_no_drafts_are_no_work(
+    drafting: LLM, expected: list[RequestOutput | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """γ = 0 is plain decoding: nothing of the drafter is touched, and no refresh is made."""
+    drafter, proposals = drafter_of(drafting), []
+    propose = drafter.propose
+
+    def touched(*_: Any, **__: Any) -> None:
+        pytest.fail("the drafter was touched")
+
+    def proposed(*args: Any, **kwargs: Any) -> torch.Tensor:
+        proposals.append(propose(*args, **kwargs))
+        return proposals[-1]
+
+    prepares = "_begin" if hasattr(drafter, "_begin") else "_allocated_tokens"
+    for owner, name in (
+        (drafter, prepares),
+        (drafter._tap, "refresh"),
+        (drafter.model, "forward"),
+        (drafter.model, "compute_logits"),
+    ):
+        monkeypatch.setattr(owner, name, touched)
+    monkeypatch.setattr(drafter, "propose", proposed)
+    seen = watch(drafting, lambda: 0)
+    assert texts(drive(drafting, jobs()[:3])) == texts(expected[:3])
+    assert seen.drafted == 0 and len(proposals) > 20
+
+
+def test_a_request_is_drafted_no_more_than_it_allows(
+    drafting: LLM, expected: list[RequestOutput | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that allow all four drafts, two and none, in one batch."""
+    scheduler, limits = scheduler_of(drafting), [None, 2, 0]
+    schedule, state_of = scheduler.schedule, scheduler._state
+    verified: dict[int, set[int]] = {number: set() for number in range(len(limits))}
+    states: list[StepState] = []
+
+    def scheduled(*args: Any) -> Any:
+        output = schedule(*args)
+        for request_id, drafts in output.scheduled_spec_decode_tokens.items():
+            verified[int(request_id.split("-")[0])].add(len(drafts))
+        return output
+
+    def state(output: Any) -> StepState:
+        states.append(state_of(output))
+        return states[-1]
+
+    monkeypatch.setattr(scheduler, "schedule", scheduled)
+    monkeypatch.setattr(scheduler, "_state", state)
+    limited = jobs()[:3]
+    for job, limit in zip(limited, limits, strict=True):
+        job.params.extra_args = None if limit is None else {REQUEST_CAP: limit}
+    watch(drafting, lambda: 4)
+    assert texts(drive(drafting, limited)) == texts(expected[:3])
+    assert [max(counts, default=0) for counts in verified.values()] == [4, 2, 0]
+    assert [0, 2] in [sorted(state.draft_caps) for state in states], "the policy must know of them"
 
 
 @pytest.mark.parametrize("lookahead", [LONGEST, 0], ids=["lookahead", "no_lookahead"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +11,11 @@ import pytest
 from engines import BLOCK, engine, generate, greedy, random_prompt, scheduler_of
 
 from vllm_selfspec import live_profile
-from vllm_selfspec.config import SelfSpecConfig
-from vllm_selfspec.control.cost_model import CostModel
-from vllm_selfspec.control.policy import StepObservation
+from vllm_selfspec.config import ConfigError, SelfSpecConfig
+from vllm_selfspec.control.cost_model import CostModel, Point, ProfileIdentity
+from vllm_selfspec.control.policy import Controller, StepObservation
 from vllm_selfspec.live_profile import measure, points_of, run_batch
+from vllm_selfspec.scheduler import SelfSpecScheduling, control_settings
 
 PLAIN, DRAFT, VERIFY = 0.05, 0.01, {1: 0.06, 4: 0.08}
 
@@ -122,6 +123,33 @@ def test_a_cached_profile_belongs_to_the_kernels_and_the_runner_it_was_measured_
     assert len(paths) == 7
 
 
+@pytest.mark.parametrize("kind", ["its own", "missing", "no profile", "model", "drafter"])
+def test_a_named_profile_is_this_engines_or_an_error(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = ProfileIdentity(model="m", hardware="h", drafter="d", versions={"vllm": "0"})
+    monkeypatch.setattr(live_profile, "profile_identity", lambda *_: own)
+    core, path = SimpleNamespace(vllm_config=None), tmp_path / "profile.json"
+    settings = SelfSpecConfig.parse({"method": "selfspec", "control": {"profile": str(path)}})
+    points = [
+        Point(component, batch, 32, drafts, seconds)
+        for batch in (1, 8)
+        for component, drafts, seconds in (("target", 0, PLAIN), ("draft", 4, DRAFT), ("verify", 4, VERIFY[4]))
+    ]
+    other = {kind: "another"} if kind in ("model", "drafter") else {}
+    if kind == "no profile":
+        path.write_text("{}")
+    elif kind != "missing":
+        CostModel.fit(points, meta=asdict(replace(own, **other))).save(path)
+    if kind == "its own":
+        assert live_profile.cost_model(core, settings, False).points == tuple(points)
+        return
+    with pytest.raises(ConfigError, match=r"control\.profile") as caught:
+        live_profile.cost_model(core, settings, False)
+    if other:
+        assert f"measured for {kind} 'another', this engine has '{kind[0]}'" in str(caught.value)
+
+
 def test_a_cache_that_cannot_be_used_does_not_keep_an_engine_from_starting(
     tiny: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,3 +200,17 @@ def test_no_long_contexts_where_there_is_no_room(tiny: Callable[..., str]) -> No
         core = llm.llm_engine.engine_core.engine_core
         assert run_batch(core, 1, [1], far=True) == []
         assert len(run_batch(core, 1, [1])) >= 6
+
+
+@pytest.mark.parametrize(("asked", "given"), [({"acceptance_prior": 0.5}, 0.5), ({}, 0.95)])
+def test_acceptance_is_expected_as_asked_or_as_usual(asked: dict[str, float], given: float) -> None:
+    settings = SelfSpecConfig.parse({"method": "selfspec", "drafter": {"weights": "int8"}, "control": asked})
+    parallel = SimpleNamespace(distributed_executor_backend="mp", world_size=1)
+    scheduler = SimpleNamespace(
+        _controller=Controller(control_settings(settings, parallel)),
+        vllm_config=SimpleNamespace(speculative_config=SimpleNamespace(selfspec=settings)),
+        scheduler_config=SimpleNamespace(max_num_seqs=4),
+    )
+    SelfSpecScheduling.start_controller(scheduler, None, light_view=False)
+    assert scheduler._controller.settings.acceptance_prior == given
+    assert scheduler._controller.acceptance.rates()[0] == pytest.approx(given)

@@ -15,6 +15,7 @@ import pytest
 from engines import (
     BLOCK,
     Job,
+    drafter_of,
     drive,
     engine,
     greedy,
@@ -26,6 +27,10 @@ from engines import (
     watch,
 )
 from vllm import RequestOutput, SamplingParams
+from vllm.platforms import current_platform
+
+from vllm_selfspec.compat import cpu_sampling
+from vllm_selfspec.drafter import cpu_layers, quantize, sampling
 
 MAX_MODEL_LEN = 5 * BLOCK
 LONGEST = 8
@@ -177,3 +182,21 @@ def test_equals_plain_decoding_at_every_length(
             assert texts(drive(llm, jobs)) == texts(expected), f"{gamma} drafts"
             assert set(seen.lengths) == {gamma}
             assert seen.drafted > 100
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="on CPU alone")
+def test_equals_plain_decoding_without_the_packages_kernels(
+    plain: dict[str, tuple[list[Job], list[RequestOutput | None]]],
+    tiny: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On CPUs that they are not for, and where no compiler is. Requests of "several" draw and verify at random."""
+    for module in (quantize, sampling, cpu_sampling, cpu_layers):
+        monkeypatch.setattr(module, "own_kernels", lambda: "")
+    with engine(tiny("llama"), selfspec("int8"), **TIGHT) as llm:
+        assert {type(state) for state in drafter_of(llm)._tap._states.values()} == {quantize.CpuInt8Linear}
+        for number, name in enumerate(("greedy", "several")):
+            jobs, expected = plain[name]
+            seen = watch(llm, random_lengths(number, LONGEST))
+            assert texts(drive(llm, jobs)) == texts(expected), name
+            assert seen.drafted > 100 and 0.05 < seen.acceptance < 1.0, name

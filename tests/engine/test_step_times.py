@@ -29,12 +29,15 @@ from engines import (
     watch,
 )
 from vllm import LLM
+from vllm.v1.metrics.reader import Histogram
 
 from vllm_selfspec import live_profile, scheduler
-from vllm_selfspec.control.policy import StepObservation
+from vllm_selfspec.control.cost_model import CostModel, Point
+from vllm_selfspec.control.policy import Decision, StepObservation
 from vllm_selfspec.drafter import refresh
 from vllm_selfspec.drafter.quantize_cuda import CudaLinear
 from vllm_selfspec.live_profile import measure, points_of, profile_identity, run_batch
+from vllm_selfspec.metrics import PREFIX
 
 FORWARD, ROW, DRAFT = 0.010, 0.0005, 0.002
 """Seconds of a forward pass, of each of its rows, and of a draft."""
@@ -172,6 +175,60 @@ def test_the_controller_knows_when_drafting_pays(tiny: Callable[..., str], monke
         forward = [FORWARD + ROW * requests * (length + 1) for length in range(8)]
         assert times.verify == pytest.approx(forward, rel=0.04)
         assert times.draft == pytest.approx(DRAFT + per_request * requests, rel=0.04)
+
+
+def histograms(llm: LLM) -> dict[str, tuple[int, float]]:
+    """Count and sum of selfspec's histograms."""
+    mine = [metric for metric in llm.get_metrics() if metric.name.startswith(PREFIX) and isinstance(metric, Histogram)]
+    return {metric.name.removeprefix(PREFIX): (metric.count, metric.sum) for metric in mine}
+
+
+def test_what_steps_brought_is_told_beside_what_was_predicted(
+    tiny: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request whose drafts are all accepted, so that a step yields what it verified and one token."""
+
+    def forward(batch: int, drafts: int) -> float:
+        return FORWARD + ROW * batch * (1 + drafts)
+
+    points = [
+        point
+        for batch in (1, 4)
+        for drafts in (1, 3, 7)
+        for point in (
+            Point("target", batch, 32, 0, forward(batch, 0)),
+            Point("verify", batch, 32, drafts, forward(batch, drafts)),
+            Point("draft", batch, 32, drafts, DRAFT),
+        )
+    ]
+    steps: list[StepObservation] = []
+    decisions: list[Decision] = []
+    with timed(tiny(), monkeypatch, NATIVE, True) as llm:
+        scheduler = scheduler_of(llm)
+        scheduler._controller.settings = replace(scheduler._controller.settings, mode="adaptive")
+        scheduler.start_controller(CostModel.fit(points), light_view=False)
+        controller, seen = scheduler._controller, watch(llm)
+        observe, decide = controller.observe_step, controller.decide
+        monkeypatch.setattr(controller, "observe_step", lambda step: (steps.append(step), observe(step)))
+        monkeypatch.setattr(controller, "decide", lambda state: decisions.append(decide(state)) or decisions[-1])
+        generate(llm, [random_prompt(8, 0)], greedy(150))
+        told = histograms(llm)
+    assert seen.acceptance == 1.0 and seen.lengths.count(7) > 15
+
+    count, total = told["draft_length"]
+    assert len(seen.lengths) - count in (0, 1)  # asynchronous scheduling leaves a step that nobody waits for
+    assert total == sum(seen.lengths[:count])
+
+    decoding = [step for step in steps if step.prefill_tokens == 0][:-1]  # at the last token nothing is predicted
+    count, total = told["achieved_speedup"]
+    assert count == len(decoding) > 15
+    brought = [(1 + step.num_verified) * forward(1, 0) / step.seconds for step in decoding]
+    assert total == pytest.approx(sum(brought), rel=0.02)
+
+    count, total = told["predicted_speedup"]
+    predicted = [decision.predicted_speedup for decision in decisions[:count]]
+    assert count == told["draft_length"][0] and total == pytest.approx(sum(predicted))
+    assert max(predicted) == pytest.approx(8 * forward(1, 0) / (forward(1, 7) + 7 * DRAFT), rel=0.1)
 
 
 def test_a_refresh_counts_the_devices_time(tiny: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,8 @@ def test_an_exit_head_needs_layers_that_add_to_a_residual(
     family: str, tiny: Callable[..., str], tmp_path: Path
 ) -> None:
     """Behind layers of another convention its last state would be normed alone, or not be taken at all."""
+    if family in IN_TRANSFORMERS and older_than("0.32"):
+        pytest.skip("refused on this vLLM")
     path = tmp_path / "head.safetensors"
     save(ExitHead(128, 64), ExitHeadInfo(family, 2, 128, 64), path)  # the identity
     if not HEADS_FIT[family]:

@@ -539,6 +539,21 @@ def test_it_drafts_where_drafting_pays(profile: CostModel | None) -> None:
     assert _share_drafting(machine.run(controller, 200)) > 0.9
 
 
+@pytest.mark.parametrize(("per_request_batch", "differ"), [(2, True), (1, True), (0, False)])
+def test_few_requests_are_judged_by_what_they_have_shown_themselves(per_request_batch: int, differ: bool) -> None:
+    controller = Controller(ControlSettings(per_request_batch=per_request_batch, learn=False), GOOD)
+    for _ in range(200):
+        controller.observe_acceptance(7, 7, "easy")
+        controller.observe_acceptance(7, 0, "hard")
+    chosen = {
+        request: controller.decide(StepState(1, 512, request_ids=[request])).num_draft_tokens
+        for request in ("easy", "hard")
+    }
+    assert (chosen["easy"] > chosen["hard"]) == differ
+    if not differ:
+        assert chosen["easy"] == chosen["hard"]
+
+
 @pytest.mark.parametrize("profile", [BAD, None], ids=["true profile", "no profile"])
 def test_it_stays_off_where_drafting_costs(profile: CostModel | None) -> None:
     controller = Controller(ControlSettings(), profile)

@@ -92,6 +92,19 @@ def test_the_table_says_what_each_seam_is_for():
     assert all(seam.why and seam.wrapper.startswith("vllm_selfspec.") for seam in seams)
 
 
+def test_whatever_ends_an_update_of_the_weights_tells_the_drafter():
+    worker = "vllm.v1.worker.gpu_worker:Worker."
+    ends = {
+        seam.target: seam.since for seam in IN_WORKERS if seam.wrapper == "vllm_selfspec.drafter.refresh:update_ends"
+    }
+    assert ends == {
+        worker + "finish_weight_update": "",
+        worker + "reload_weights": "",
+        worker + "wake_up": "",
+        worker + "reset_weights": "0.32",
+    }
+
+
 @pytest.mark.parametrize(
     ("version", "supported"),
     [("0.29.0", True), ("0.33.1+cpu", True), ("0.28.1", False), ("0.34.0rc1", False), ("0.330.0", False)],

@@ -8,6 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ from vllm_selfspec.rollout import (
     write_samples,
 )
 from vllm_selfspec.rollout.types import WorkerInfo
-from vllm_selfspec.rollout.weights import weight_files
+from vllm_selfspec.rollout.weights import check_finite, read_index, weight_files
 
 PARAMS = {"max_tokens": 8}
 
@@ -192,16 +193,24 @@ def test_a_pool_that_is_not_running_says_so() -> None:
 
 # -- faults ------------------------------------------------------------------------------------------------------------
 def test_killed_workers_are_replaced_and_no_sample_is_lost_or_doubled() -> None:
-    fleet = Fleet(capacity=4, seconds_per_token=0.0005)
-    samples = []
+    begun, made = Counter(), []
+
+    class Mortal(DummyWorker):
+        def _begin(self, task) -> None:
+            super()._begin(task)
+            begun.update(["samples"])
+            if begun["samples"] in (50, 150, 250):
+                self._die(RuntimeError("boom"))
+
+    def fleet(worker_id: int) -> DummyWorker:
+        made.append(Mortal(worker_id, capacity=4, seconds_per_token=0.0005))
+        return made[-1]
+
     with pool_of(2, fleet) as pool:
         stream = pool.generate(["p"] * 100, 4, PARAMS)
-        for sample in stream:
-            samples.append(sample)
-            if len(samples) in (50, 150, 250):
-                pool._from_outside(fleet.made[-1]._die, RuntimeError("boom"))
+        samples = list(stream)
     assert keys(samples) == {(prompt, i): 1 for prompt in range(100) for i in range(4)}
-    assert len(fleet.made) == 5
+    assert len(made) == 5
     assert stream.report.restarts == 3
     assert max(sample.attempt for sample in samples) > 1
     assert stream.report.regenerated_samples >= sum(sample.attempt > 1 for sample in samples)
@@ -282,7 +291,17 @@ def test_samples_are_tagged_with_the_version_that_made_them(tmp_path: Path) -> N
 @pytest.mark.parametrize("running", ["wait", "restart"])
 def test_an_update_in_the_middle_of_a_run(tmp_path: Path, running: str) -> None:
     """Dummy tokens tell which version made them: the tag must agree with them, and no sample is lost."""
-    with pool_of(2, Fleet(seconds_per_token=0.002, capacity=4)) as pool:
+
+    class Held(DummyWorker):
+        """The second half of the prompts waits for the update."""
+
+        def _emit(self, task) -> None:
+            if task.key[1] < 4 or pool.weight_version == 1 or (running == "wait" and pool._paused):
+                super()._emit(task)
+            else:
+                self._timers[task.key] = asyncio.get_running_loop().call_later(0.001, self._emit, task)
+
+    with pool_of(2, lambda worker_id: Held(worker_id, seconds_per_token=0.002, capacity=4)) as pool:
         stream = pool.generate(["p"] * 8, 8, PARAMS)
         samples = [next(stream) for _ in range(10)]
         pool.set_weights(weights(tmp_path, "one.safetensors"), 1, running)
@@ -293,6 +312,51 @@ def test_an_update_in_the_middle_of_a_run(tmp_path: Path, running: str) -> None:
         assert made_with == sample.weight_version
     assert {sample.weight_version for sample in samples} == {0, 1}
     assert (max(sample.attempt for sample in samples) == 2) == (running == "restart")
+
+
+def test_an_update_waits_for_a_worker_that_is_being_brought_to_the_weights_before(tmp_path: Path) -> None:
+    """Else the worker comes back with the old ones when all others have the new."""
+    made: list[DummyWorker] = []
+    loading, gate = threading.Event(), asyncio.Event()
+
+    class Slow(DummyWorker):
+        async def _load(self, path: str, version: int) -> None:
+            if self is made[-1] and len(made) == 3 and version == 1:
+                loading.set()
+                await gate.wait()
+            await super()._load(path, version)
+
+    def fleet(worker_id: int) -> DummyWorker:
+        made.append(Slow(worker_id))
+        return made[-1]
+
+    with pool_of(2, fleet) as pool:
+        pool.set_weights(weights(tmp_path, "one.safetensors"), 1)
+        pool._from_outside(made[1]._die, RuntimeError("boom"))
+        assert loading.wait(30)
+        update = threading.Thread(target=pool.set_weights, args=(weights(tmp_path, "two.safetensors"), 2))
+        update.start()
+        update.join(0.2)
+        assert update.is_alive() and made[0].loaded[-1][1] == 1
+        pool._from_outside(gate.set)
+        update.join(30)
+        assert pool.weight_version == 2
+    assert [[version for _, version in worker.loaded] for worker in (made[0], made[2])] == [[1, 2], [1, 2]]
+
+
+async def test_a_sample_under_which_the_weights_changed_is_never_delivered(tmp_path: Path) -> None:
+    class BegunBefore(DummyWorker):
+        def _emit(self, task) -> None:
+            self._end(task, [1], None, None, "length", 0)
+
+    worker = BegunBefore(0, seconds_per_token=0.001)
+    await worker.start()
+    await worker.submit(
+        [GenerateRequest(run=0, prompt_index=0, prompt_token_ids=[1], samples=[(0, 1)], sampling_params=PARAMS)]
+    )
+    await worker.load_weights(str(weights(tmp_path, "one.safetensors")), 1)
+    with pytest.raises(WorkerDeadError, match="changed its weights under a running sample"):
+        await worker.collect(30.0)
 
 
 @pytest.mark.parametrize("running", ["wait", "restart"])
@@ -419,6 +483,40 @@ def test_non_finite_weights_are_refused_before_any_worker_is_touched(tmp_path: P
         assert pool.weight_version == 0
         assert len(pool.generate_all(["p"], 2, PARAMS)) == 2
     assert all(worker.loaded == [] for worker in fleet.made)
+
+
+BITS: dict[str, tuple[type[np.unsignedinteger], list[int], list[int]]] = {
+    "F64": (
+        np.uint64,
+        [0x7FF << 52, 0xFFF << 52, (0x7FF << 52) + 1],
+        [(0x7FF << 52) - 1, 0x3FF << 52, 1],
+    ),
+    "F32": (np.uint32, [0x7F80_0000, 0xFF80_0000, 0x7FC0_0000, 0x7F80_0001], [0x7F7F_FFFF, 0x3F80_0000, 1]),
+    "BF16": (np.uint16, [0x7F80, 0xFF80, 0x7FC0, 0x7F81], [0x7F7F, 0xFF7F, 0x3F80, 1]),
+    "F16": (np.uint16, [0x7C00, 0xFC00, 0x7E00, 0x7C01], [0x7BFF, 0xFBFF, 0x3C00, 1]),
+    "F8_E5M2": (np.uint8, [0x7C, 0xFC, 0x7D, 0xFF], [0x7B, 0xFB, 0x3C, 1]),
+    "F8_E4M3": (np.uint8, [0x7F, 0xFF], [0x7E, 0xFE, 0x78, 0x38, 1]),  # which has no infinities
+}
+"""By dtype: infinities and NaNs, and finite numbers: the largest, one, and the smallest."""
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_what_is_finite_in_every_dtype(tmp_path: Path, dtype: str) -> None:
+    unit, bad, good = BITS[dtype]
+    for number, value in enumerate([*bad, *good]):
+        path = tmp_path / f"{number}.safetensors"
+        path.write_bytes(safetensors_of("a", dtype, np.array([*good, value], unit)))
+        if value in good:
+            check_finite(read_index(path))
+        else:
+            with pytest.raises(WeightUpdateError, match=f"tensor a holds a non-finite value at flat index {len(good)}"):
+                check_finite(read_index(path))
+
+
+def safetensors_of(name: str, dtype: str, tensor: np.ndarray) -> bytes:
+    entry = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [0, tensor.nbytes]}
+    encoded = json.dumps({name: entry}).encode()
+    return struct.pack("<Q", len(encoded)) + encoded + tensor.tobytes()
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
