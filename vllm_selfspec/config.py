@@ -103,6 +103,12 @@ class ControlConfig(_Strict):
         0, ge=0, description="up to this many running requests each one's own acceptance is used; 0: the pooled one"
     )
 
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _is_off(cls, mode: Any) -> Any:
+        """YAML 1.1 reads `off` as false."""
+        return "off" if mode is False else mode
+
 
 class SelfSpecConfig(_Strict):
     """The whole `speculative_config` of `method: selfspec`.

@@ -418,13 +418,21 @@ def refuse(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -
     return original(self, *args, **kwargs)
 
 
+class _OwnScheduler(str):
+    """`scheduler_cls` as selfspec sets it; it says so wherever engine arguments are copied to."""
+
+    one_kv_group = False
+    """Whether `disable_hybrid_kv_cache_manager` was set along with it."""
+
+
 def create_speculative_config(
     original: Callable[..., Any], self: Any, target_model_config: Any, target_parallel_config: Any
 ) -> Any:
     """`EngineArgs.create_speculative_config`, for the dict of `method: selfspec`; vLLM's own for any other."""
-    for name in getattr(self, "selfspec_set", ()):  # the same arguments may make one config after another
-        setattr(self, name, None)
-    self.selfspec_set = []
+    if isinstance(self.scheduler_cls, _OwnScheduler):  # the same arguments may make one config after another
+        if self.scheduler_cls.one_kv_group and self.disable_hybrid_kv_cache_manager:
+            self.disable_hybrid_kv_cache_manager = None
+        self.scheduler_cls = None
     settings = requested_settings(self)
     by_environment = self.speculative_config is None and self.spec_method is None
     if settings is not None and by_environment and target_model_config.runner_type != "generate":
@@ -439,11 +447,12 @@ def create_speculative_config(
             f"scheduler_cls is {self.scheduler_cls!r}, but method selfspec brings its own: remove one of the two."
         )
     speculative_config = build(settings, target_model_config, target_parallel_config, self.enable_lora)
-    self.scheduler_cls = "vllm_selfspec.scheduler.build_scheduler"
-    self.selfspec_set.append("scheduler_cls")
+    self.scheduler_cls = scheduler = _OwnScheduler("vllm_selfspec.scheduler.build_scheduler")
     if self.disable_hybrid_kv_cache_manager is None and attention_kinds(target_model_config) > 1:
-        self.disable_hybrid_kv_cache_manager = True
-        self.selfspec_set.append("disable_hybrid_kv_cache_manager")
+        self.disable_hybrid_kv_cache_manager = scheduler.one_kv_group = True
+        logging.getLogger("vllm.selfspec").info(
+            "selfspec sets disable_hybrid_kv_cache_manager: the KV cache of layers with windows is kept whole."
+        )
     return speculative_config
 
 

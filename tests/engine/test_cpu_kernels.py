@@ -444,6 +444,17 @@ def test_what_onednn_is_not_to_use_is_not_used(
     assert (cpu_kernels.library_path() == everything) == (not options)
 
 
+def test_an_option_that_the_compiler_does_not_know_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as that of AVX512_FP16 before g++ 12, which has none of its instructions either."""
+    old = tmp_path / "g++"
+    old.write_text('#!/bin/sh\ncase "$*" in *-mno-avx512fp16*) exit 1;; esac\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    monkeypatch.setattr(cpu_kernels, "cpu_fact", lambda name: "amx_bf16 avx512_fp16 avx2")
+    assert cpu_kernels._without_withheld() == ["-mno-amx-bf16"]
+
+
 def test_the_compiler_may_have_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = []
     monkeypatch.setattr(cpu_kernels, "_run", lambda command: commands.append(command) or Path(command[-1]).touch())

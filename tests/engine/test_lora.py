@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
+from vllm_selfspec.drafter.exit_head import ExitHead, ExitHeadInfo, save
+
 HIDDEN, INTERMEDIATE, HEADS, KV, LAYERS, VOCABULARY, RANK = 128, 192, 128, 64, 4, 256, 8
 SHAPES = {
     "self_attn.q_proj": (HEADS, HIDDEN),
@@ -71,3 +73,15 @@ def test_each_request_drafts_with_its_own_adapter(weights: str, tiny: Callable[.
             # Without its adapter, or with another's, a draft is hardly ever right.
             assert seen.acceptance > (0.8 if weights == "int8" else 0.4)
             assert seen.drafted > 50
+
+
+def test_an_exit_head_beside_adapters(tiny: Callable[..., str], tmp_path: Path) -> None:
+    """It is tried out when the view is built, before there are any adapters that an embedding could ask for."""
+    head = tmp_path / "head.safetensors"
+    save(ExitHead(HIDDEN, 64), ExitHeadInfo("tiny", 2, HIDDEN, 64), head)  # the identity
+    drafter = {"weights": "native", "lm_head": "native", "exit_layer": 2, "exit_head": str(head)}
+    settings = {"num_speculative_tokens": 3, "drafter": drafter, "control": {"mode": "fixed"}}
+    with engine(tiny("llama"), settings, enable_lora=True, max_lora_rank=RANK) as llm:
+        seen = watch(llm)
+        answers(llm, [None] * 6)
+    assert seen.drafted > 50 and seen.acceptance > 0.1

@@ -7,7 +7,9 @@ and would go unnoticed.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,10 +142,39 @@ def test_the_same_arguments_make_one_config_after_another(tiny: Callable[..., st
         arguments.create_engine_config()
     arguments.speculative_config = {"method": "selfspec", "drafter": {"exit_layer": 2}}
     assert arguments.create_engine_config().speculative_config.selfspec.drafter.exit_layer == 2
-    arguments.speculative_config = None
-    config = arguments.create_engine_config()
-    assert config.speculative_config is None and config.scheduler_config.scheduler_cls is None
-    assert arguments.disable_hybrid_kv_cache_manager is None
+    for copied in (arguments, replace(arguments), EngineArgs(**vars(arguments)), pickle.loads(pickle.dumps(arguments))):
+        again = copied.create_engine_config()
+        assert again.speculative_config.selfspec and again.scheduler_config.disable_hybrid_kv_cache_manager
+        copied.speculative_config = None
+        plain = copied.create_engine_config()
+        assert plain.speculative_config is None and plain.scheduler_config.scheduler_cls is None
+        assert copied.disable_hybrid_kv_cache_manager is None
+    arguments.speculative_config = {"method": "selfspec"}
+    arguments.create_engine_config()
+    arguments.scheduler_cls = "vllm.v1.core.sched.scheduler.Scheduler"  # the user's own, set in between
+    with pytest.raises(ConfigError, match="scheduler_cls"):
+        arguments.create_engine_config()
+
+
+class Stack(nn.Module):
+    """A decoder whose layers are called with the arguments in a given order."""
+
+    def __init__(self, states_first: bool) -> None:
+        super().__init__()
+        self.layers, self.norm, self.states_first = nn.ModuleList(), nn.LayerNorm(16), states_first
+
+    def forward(self, input_ids: Any, positions: torch.Tensor, _: Any, hidden: torch.Tensor) -> torch.Tensor:
+        residual = None
+        for layer in self.layers:
+            arguments = (hidden, positions) if self.states_first else (positions, hidden)
+            hidden, residual = layer(*arguments, residual)
+        return self.norm(hidden + residual)
+
+
+@pytest.mark.parametrize("states_first", [False, True])
+def test_a_head_is_not_put_where_it_would_be_called_with_other_arguments(states_first: bool) -> None:
+    config = SimpleNamespace(get_hidden_size=lambda: 16, dtype=torch.float32)
+    assert fits_behind(Stack(states_first), config) != states_first
 
 
 def test_a_model_that_runs_its_layers_by_another_way_is_refused(tiny: Callable[..., str], tmp_path: Path) -> None:
@@ -157,7 +188,7 @@ def test_a_model_that_runs_its_layers_by_another_way_is_refused(tiny: Callable[.
     )
     build_model(config, seed=0).save_pretrained(tmp_path)
     with (
-        pytest.raises(ConfigError, match=r"Gemma3nForCausalLM, which does not run its layers by way of model\.layers"),
+        pytest.raises(ConfigError, match=r"Gemma3nForCausalLM, which does not run its layers by way of model\.layers:"),
         engine(str(tmp_path), settings(exit_layer=2)),
     ):
         pass

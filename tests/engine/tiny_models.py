@@ -19,6 +19,7 @@ from transformers import (
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     GraniteConfig,
     LlamaConfig,
@@ -86,6 +87,16 @@ MORE_FAMILIES: dict[str, Callable[..., PretrainedConfig]] = {
     "exaone4": lambda **shape: Exaone4Config(**(_WINDOWS | shape)),
     "gemma3": lambda **shape: Gemma3TextConfig(
         **(_WINDOWS | {"head_dim": 32, "query_pre_attn_scalar": 32} | shape | {"tie_word_embeddings": True})
+    ),
+    # Its layers are known by other names, too, and have further inputs of their own.
+    "gemma4": lambda **shape: Gemma4TextConfig(
+        **(
+            _WINDOWS
+            | {"head_dim": 32, "global_head_dim": 32, "hidden_size_per_layer_input": 16}
+            | {"vocab_size_per_layer_input": 256}
+            | shape
+            | {"tie_word_embeddings": True, "pad_token_id": 0}
+        )
     ),
     "glm4": lambda **shape: Glm4Config(**({"head_dim": 32} | shape)),
     "granite": lambda **shape: GraniteConfig(

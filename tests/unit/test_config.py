@@ -30,6 +30,13 @@ def test_every_field_arrives():
     assert settings.control.model_dump() == raw["control"]
 
 
+def test_off_as_yaml_reads_it():
+    """YAML 1.1, and so Hydra, makes false of it."""
+    assert SelfSpecConfig.parse({"control": {"mode": False}}).control.mode == "off"
+    with pytest.raises(ConfigError, match=r"control\.mode"):
+        SelfSpecConfig.parse({"control": {"mode": True}})
+
+
 def test_the_controllers_own_defaults_are_those_of_the_flag():
     control = SelfSpecConfig.parse({"method": "selfspec"}).control.model_dump(exclude={"profile"})
     assert control.pop("acceptance_prior") is None

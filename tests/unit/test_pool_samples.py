@@ -249,6 +249,22 @@ def test_a_fault_of_the_pool_itself_ends_a_run_instead_of_leaving_it_waiting(mon
             pool.generate_all(["p"], 1, PARAMS)
 
 
+def test_after_a_fault_of_the_pool_itself_the_other_workers_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pool_of(2) as pool:
+        deliver, faults = pool._deliver, iter([True])
+
+        def faulty(slot, reply) -> None:
+            if reply.finished and next(faults, False):
+                raise ZeroDivisionError
+            deliver(slot, reply)
+
+        monkeypatch.setattr(pool, "_deliver", faulty)
+        with pytest.raises(PoolFailedError, match="stopped collecting"):
+            pool.generate_all(["p"], 1, PARAMS)
+        assert len(pool.generate_all(["p"] * 20, 2, PARAMS)) == 40
+        pool._wait(pool._drain("wait"))
+
+
 def test_finished_samples_can_be_read_before_the_error_that_ends_a_run() -> None:
     class DiesLater(DummyWorker):
         def _begin(self, task) -> None:

@@ -38,10 +38,12 @@ _AMX = ("amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "amx_complex")
 _AVX512 = ("avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd", "avx512ifma", "avx512_bitalg")
 _WITHHELD = {
     "AVX512_CORE_FP16": _AMX,
+    "AVX10_1_512": _AMX,  # another name of the same
     "AVX512_CORE_BF16": (*_AMX, "avx512_fp16"),
     "AVX512_CORE_VNNI": (*_AMX, "avx512_fp16", "avx512_bf16"),
     "AVX512_CORE": (*_AMX, "avx512_fp16", "avx512_bf16", "avx512_vnni"),
     "AVX2_VNNI": (*_AMX, "avx512_fp16", "avx512_bf16", "avx512_vnni", *_AVX512),
+    "AVX2_VNNI_2": (*_AMX, "avx512_fp16", "avx512_bf16", "avx512_vnni", *_AVX512),
     "AVX2": (*_AMX, "avx512_fp16", "avx512_bf16", "avx512_vnni", *_AVX512, "avx_vnni"),
 }
 """What each value of oneDNN's own variable, `ONEDNN_MAX_CPU_ISA`, withholds of a CPU that has it."""
@@ -195,4 +197,15 @@ def _compiler() -> list[str]:
 
 def _without_withheld() -> list[str]:
     """The compiler's options against what is withheld, by its names: `avx512_bf16` is `avx512bf16` there."""
-    return [f"-mno-{flag.replace('_', '-' if flag.startswith('amx') else '')}" for flag in sorted(withheld())]
+    options = [f"-mno-{flag.replace('_', '-' if flag.startswith('amx') else '')}" for flag in sorted(withheld())]
+    return [option for option in options if _is_known(tuple(_compiler()), option)]
+
+
+@functools.cache
+def _is_known(compiler: tuple[str, ...], option: str) -> bool:
+    """Whether a compiler knows an option; one that does not cannot use the instructions either."""
+    check = [*compiler, option, "-E", "-x", "c++", os.devnull]
+    try:
+        return subprocess.run(check, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False

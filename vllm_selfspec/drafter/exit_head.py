@@ -66,15 +66,17 @@ class ExitHead(nn.Module):
 
 
 class _Known(nn.Module):
-    """A layer whose states are known."""
+    """A layer that is to be called as an `ExitHead` is, and whose states are known."""
 
-    def __init__(self, change: torch.Tensor, x: torch.Tensor) -> None:
+    def __init__(self, positions: torch.Tensor, change: torch.Tensor, x: torch.Tensor) -> None:
         super().__init__()
-        self._known = change, x
+        self._positions, self._known = positions, (change, x)
 
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not torch.equal(positions, self._positions) or not hidden_states.is_floating_point():
+            raise TypeError("other arguments")
         return self._known
 
 
@@ -87,19 +89,18 @@ def fits_behind(decoder: Any, config: Any) -> bool:
         config: vLLM's `ModelConfig`.
     """
     layers = decoder.layers
-    tokens = torch.zeros(2, dtype=torch.int64, device=next(decoder.parameters()).device)
-    change, x = torch.randn(2, 2, config.get_hidden_size(), dtype=config.dtype, device=tokens.device)
-    decoder.layers = nn.ModuleList([_Known(change.clone(), x.clone())])
+    positions = torch.tensor([2, 5], device=next(decoder.parameters()).device)
+    # Not from tokens: an embedding may have adapters, which are not set up yet.
+    change, x, embedded = torch.randn(3, 2, config.get_hidden_size(), dtype=config.dtype, device=positions.device)
+    decoder.layers = nn.ModuleList([_Known(positions, change.clone(), x.clone())])
     decoder.start_layer, decoder.end_layer = 0, 1
     try:
-        result, expected = decoder.forward(tokens, tokens, None), decoder.norm(x + change)
+        result, expected = decoder.forward(None, positions, None, embedded), decoder.norm(x + change)
+        return bool((result - expected).abs().max() <= 0.05 * expected.abs().max())
     except Exception:  # such as arguments in another order: whatever it is, a head would meet it too
         return False
     finally:
         decoder.layers = layers
-    if not isinstance(result, torch.Tensor) or not isinstance(expected, torch.Tensor):
-        return False
-    return bool((result - expected).abs().max() <= 0.05 * expected.abs().max())
 
 
 class _Quantized(nn.Module):

@@ -144,6 +144,33 @@ def quantization_plan(
     return plan
 
 
+class _Reached(Exception):
+    """A forward pass has come to its first layer."""
+
+
+class _Signal(nn.Module):
+    def forward(self, *_: Any, **__: Any) -> None:
+        raise _Reached
+
+
+@torch.inference_mode()
+def runs_its_layers(inner: nn.Module) -> bool:
+    """Whether a decoder stack that has its layers under other names, too, runs those of `layers`.
+
+    Gemma 4 does, unless told otherwise; Gemma 3n does not.
+    """
+    decoder = shallow_copy(inner)
+    decoder.layers = nn.ModuleList([_Signal() for _ in inner.layers])
+    tokens = torch.zeros(2, dtype=torch.int64, device=next(inner.parameters()).device)
+    try:
+        decoder.forward(tokens, tokens, None)
+    except _Reached:
+        return True
+    except Exception:  # of what it runs instead, outside of a step
+        pass
+    return False
+
+
 @support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0})
 class DraftBackbone(nn.Module):
     """A view up to the LM head, compiled under its own name, so that its graph is not taken for the target's.
@@ -251,13 +278,11 @@ def build_view(
             f"method selfspec cannot make a view of {type(target).__name__}, which has no model.layers and "
             "compute_logits: remove the speculative config for this model."
         )
-    places: dict[int, list[str]] = {id(layer): [] for layer in stack}
-    for path, module in inner.named_modules(remove_duplicate=False):
-        places.get(id(module), []).append(path)
-    if any(len(paths) > 1 for paths in places.values()):  # Gemma 3n: what it runs are two stacks beside this one
+    paths = [path for path, module in inner.named_modules(remove_duplicate=False) if module is stack[0]]
+    if len(paths) > 1 and not runs_its_layers(inner):
         raise ConfigError(
             f"method selfspec cannot make a view of {type(target).__name__}, which does not run its layers by way of "
-            "model.layers alone: remove the speculative config for this model."
+            "model.layers: remove the speculative config for this model."
         )
     chosen = [stack[layer] for layer in layers]
     if weights != "native" and not any(is_quantizable(m) for layer in chosen for m in layer.modules()):
@@ -287,11 +312,12 @@ def build_view(
     def replace(module: nn.Module) -> nn.Module:
         if draft_layers is not None and isinstance(module, Attention):
             return draft_layers.attention(module)
-        if id(module) in of_the_target or not is_quantizable(module) or tap.plan(module) == "native":
+        if weights == "native" or id(module) in of_the_target or not is_quantizable(module):
             return module
         used.append(module)
         clone = shallow_copy(module)
-        clone.quant_method = DrafterLinearMethod(tap.state(module))
+        # Few classes do not tell their parts which layer they are of, which the plan goes by.
+        clone.quant_method = DrafterLinearMethod(tap.state(module, weights if tap.plan(module) == "native" else None))
         return clone
 
     decoder = shallow_copy(inner)
@@ -312,6 +338,11 @@ def build_view(
     decoder.start_layer, decoder.end_layer = 0, len(decoder.layers)
     model = shallow_copy(top)
     model._modules["model"] = without_compiler(decoder)
+    if model.model is not decoder:
+        raise ConfigError(
+            f"method selfspec cannot make a view of {type(target).__name__}, whose model is not its own: remove the "
+            "speculative config for this model."
+        )
     with set_current_vllm_config(vllm_config), set_model_tag("selfspec_drafter"):
         backbone = DraftBackbone(vllm_config=vllm_config, model=model)
     head = shallow_copy(top)

@@ -151,11 +151,13 @@ class RayCluster:
 
     def close(self) -> None:
         """Give the reservation back; end Ray if it was started here and no other pool uses it."""
-        if self._group is not None:
-            remove_placement_group(self._group)
-        if self._on_own_ray:
-            self._on_own_ray = False
-            _own_ray.leave()
+        try:
+            if self._group is not None:
+                remove_placement_group(self._group)
+        finally:
+            if self._on_own_ray:
+                self._on_own_ray = False
+                _own_ray.leave()
 
 
 def core_shares(cores: list[int], num_workers: int) -> list[list[int]]:

@@ -484,9 +484,13 @@ class RolloutPool:
             await self._serve(slot)
         except Exception as error:
             logger.exception("worker %d: the pool stopped collecting", slot.worker_id)
+            self._retire(slot)
             for run_id in list(self._runs):
                 self._fail(run_id, PoolFailedError(f"worker {slot.worker_id}: the pool stopped collecting: {error!r}"))
             self._give_up(slot, error)
+            with contextlib.suppress(Exception):
+                await slot.handle.kill()
+            self._flush()
 
     async def _serve(self, slot: _Slot) -> None:
         """Collect from one worker for ever; replace it when it is lost."""
