@@ -118,9 +118,8 @@ def is_one_operator(layer: Any) -> bool:
         return False
     attention, mlp = layer.self_attn, layer.mlp
     norms, rotary, linears = Parts.of(layer)
-    if (
-        getattr(type(rotary), "forward_native", None) is not RotaryEmbedding.forward_native
-    ):  # LongRoPE is another class altogether
+    rotation = getattr(type(rotary), "forward_native", None)  # LongRoPE has none
+    if rotation is not RotaryEmbedding.forward_native:
         return False
     widths = (layer.hidden_size, attention.head_dim, rotary.rotary_dim // 2, mlp.down_proj.input_size)
     return (
