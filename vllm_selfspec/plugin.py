@@ -19,6 +19,8 @@ from typing import Any
 
 from vllm_selfspec.config import ENV_VAR, ConfigError, SelfSpecConfig
 
+logger = logging.getLogger("vllm.selfspec")
+
 SUPPORTED_VLLM = ("0.29", "0.30", "0.31", "0.32", "0.33")
 """Minor versions of vLLM that the engine tests have run on; any other refuses the flag and is else left untouched."""
 
@@ -434,10 +436,9 @@ def create_speculative_config(
             self.disable_hybrid_kv_cache_manager = None
         self.scheduler_cls = None
     settings = requested_settings(self)
-    by_environment = self.speculative_config is None and self.spec_method is None
-    if settings is not None and by_environment and target_model_config.runner_type != "generate":
+    if settings is not None and left_to_the_environment(self) and target_model_config.runner_type != "generate":
         settings = None
-        logging.getLogger("vllm.selfspec").warning("%s does not apply to this engine, which writes no text.", ENV_VAR)
+        logger.warning("%s does not apply to this engine, which writes no text.", ENV_VAR)
     if settings is None:
         return original(self, target_model_config, target_parallel_config)
     from vllm_selfspec.speculative_config import attention_kinds, build
@@ -450,18 +451,20 @@ def create_speculative_config(
     self.scheduler_cls = scheduler = _OwnScheduler("vllm_selfspec.scheduler.build_scheduler")
     if self.disable_hybrid_kv_cache_manager is None and attention_kinds(target_model_config) > 1:
         self.disable_hybrid_kv_cache_manager = scheduler.one_kv_group = True
-        logging.getLogger("vllm.selfspec").info(
-            "selfspec sets disable_hybrid_kv_cache_manager: the KV cache of layers with windows is kept whole."
-        )
+        logger.info("selfspec sets disable_hybrid_kv_cache_manager: the KV cache of layers with windows is kept whole.")
     return speculative_config
+
+
+def left_to_the_environment(engine_args: Any) -> bool:
+    """Whether engine arguments say nothing about speculation."""
+    return engine_args.speculative_config is None and engine_args.spec_method is None
 
 
 def requested_settings(engine_args: Any) -> SelfSpecConfig | None:
     """The selfspec settings that these engine arguments or the environment ask for, if any."""
-    raw = engine_args.speculative_config
-    if raw is None and engine_args.spec_method is None:
+    if left_to_the_environment(engine_args):
         return SelfSpecConfig.from_env(os.environ.get(ENV_VAR, ""))
-    raw = {key.replace("-", "_"): value for key, value in (raw or {}).items()}
+    raw = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
     if engine_args.spec_method is not None:
         raw.setdefault("method", engine_args.spec_method)
     if raw.get("method") != "selfspec":

@@ -34,23 +34,23 @@ logger = init_logger("vllm.selfspec")
 
 SOURCES = Path(__file__).parent / "csrc"
 COMPILE = ("-c", "-O3", "-std=c++20", "-march=native", "-fopenmp", "-fPIC")
-_AMX = ("amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "amx_complex")
-_AVX512 = ("avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd", "avx512ifma", "avx512_bitalg")
-_WITHHELD = {
-    "AVX512_CORE_FP16": _AMX,
-    "AVX10_1_512": _AMX,  # another name of the same
-    "AVX512_CORE_BF16": (*_AMX, "avx512_fp16"),
-    "AVX512_CORE_VNNI": (*_AMX, "avx512_fp16", "avx512_bf16"),
-    "AVX512_CORE": (*_AMX, "avx512_fp16", "avx512_bf16", "avx512_vnni"),
-    "AVX2_VNNI": (*_AMX, "avx512_fp16", "avx512_bf16", "avx512_vnni", *_AVX512),
-    "AVX2_VNNI_2": (*_AMX, "avx512_fp16", "avx512_bf16", "avx512_vnni", *_AVX512),
-    "AVX2": (*_AMX, "avx512_fp16", "avx512_bf16", "avx512_vnni", *_AVX512, "avx_vnni"),
-}
-"""What each value of oneDNN's own variable, `ONEDNN_MAX_CPU_ISA`, withholds of a CPU that has it."""
 # No OpenMP runtime is linked: the one that torch uses, or a preloaded one, is in the process already.
 LINK = ("-shared", "-lc10", "-ltorch_cpu")
 AVX512_FLAGS = {"avx512f", "avx512bw", "avx512vl", "avx512_vnni"}
 """What `cpu_avx512.cpp` needs, as Linux calls it."""
+
+_WITHHELD = (
+    ({"AVX512_CORE_FP16", "AVX10_1_512"}, {"amx_tile", "amx_int8", "amx_bf16", "amx_fp16", "amx_complex"}),
+    ({"AVX512_CORE_BF16"}, {"avx512_fp16"}),
+    ({"AVX512_CORE_VNNI"}, {"avx512_bf16"}),
+    ({"AVX512_CORE"}, {"avx512_vnni"}),
+    (
+        {"AVX2_VNNI", "AVX2_VNNI_2"},
+        {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd", "avx512ifma", "avx512_bitalg"},
+    ),
+    ({"AVX2"}, {"avx_vnni"}),
+)
+"""Values of oneDNN's own variable, `ONEDNN_MAX_CPU_ISA`, and what each withholds of a CPU beyond those above it."""
 
 _OUTPUTS: dict[str, Callable[..., int]] = {
     "rows_linear": lambda weight, bias: weight.shape[0],
@@ -68,7 +68,12 @@ _OUTPUTS: dict[str, Callable[..., int]] = {
 def withheld() -> frozenset[str]:
     """Instructions that this CPU has and that nobody is to use: oneDNN is told so, and these kernels follow it."""
     most = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
-    return frozenset(_WITHHELD.get(most, ())) & set(cpu_fact("flags").split())
+    found: set[str] = set()
+    for values, flags in _WITHHELD:
+        found |= flags
+        if most in values:
+            return frozenset(found & set(cpu_fact("flags").split()))
+    return frozenset()
 
 
 def cpu_flags() -> frozenset[str]:
@@ -177,13 +182,14 @@ def build(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     includes = [f"-I{include}" for include in cpp_extension.include_paths()]
     libraries = [f"-L{folder}" for folder in cpp_extension.library_paths()]
+    compiler, options = _compiler(), [*COMPILE, *_without_withheld()]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         library = Path(folder) / path.name
         objects = []
         for source in sorted(SOURCES.glob("*.cpp")):
             objects.append(f"{folder}/{source.stem}.o")
-            _run([*_compiler(), *COMPILE, *_without_withheld(), *includes, str(source), "-o", objects[-1]])
-        _run([*_compiler(), *objects, *libraries, *LINK, "-o", str(library)])
+            _run([*compiler, *options, *includes, str(source), "-o", objects[-1]])
+        _run([*compiler, *objects, *libraries, *LINK, "-o", str(library)])
         library.replace(path)
 
 

@@ -487,9 +487,7 @@ class RolloutPool:
             self._retire(slot)
             for run_id in list(self._runs):
                 self._fail(run_id, PoolFailedError(f"worker {slot.worker_id}: the pool stopped collecting: {error!r}"))
-            self._give_up(slot, error)
-            with contextlib.suppress(Exception):
-                await slot.handle.kill()
+            await self._give_up(slot, error)
             self._flush()
 
     async def _serve(self, slot: _Slot) -> None:
@@ -699,9 +697,7 @@ class RolloutPool:
         while True:
             slot.fruitless += 1
             if slot.fruitless > self._max_restarts:
-                with contextlib.suppress(Exception):  # what is left of it keeps its memory no longer
-                    await slot.handle.kill()
-                self._give_up(slot, error)
+                await self._give_up(slot, error)
                 return
             slot.restarts += 1
             try:
@@ -732,7 +728,9 @@ class RolloutPool:
             slot.stats = None
         return self._dispatcher.remove_worker(slot.worker_id)
 
-    def _give_up(self, slot: _Slot, error: BaseException) -> None:
+    async def _give_up(self, slot: _Slot, error: BaseException) -> None:
+        with contextlib.suppress(Exception):  # what is left of it keeps its memory no longer
+            await slot.handle.kill()
         slot.given_up = True
         logger.error("worker %d is given up after %d losses in a row: %s", slot.worker_id, slot.fruitless, error)
         if all(other.given_up for other in self._slots.values()):
