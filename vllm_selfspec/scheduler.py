@@ -236,7 +236,8 @@ class SelfSpecScheduling(Scheduler):
         drafting = self._last_decision if self._drafts_follow_the_result else decision
         self._last_decision = decision
         observation = None
-        if self._busy_since is not None and state.num_decode > 0:
+        # How long images take to encode says nothing of the steps to come.
+        if self._busy_since is not None and state.num_decode > 0 and not step.output.scheduled_encoder_inputs:
             observation = StepObservation(
                 seconds=time.perf_counter() - self._busy_since,
                 num_decode=state.num_decode,

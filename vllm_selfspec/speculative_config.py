@@ -196,10 +196,6 @@ def check_engine(settings: SelfSpecConfig, model: ModelConfig, parallel: Paralle
             "method selfspec does not support state-space or hybrid layers, whose state cannot be rolled back: "
             "remove the speculative config."
         )
-    if model.uses_mrope:
-        raise ConfigError(
-            "method selfspec does not support multi-dimensional rotary positions: remove the speculative config."
-        )
     settings.drafter.layers(model.get_total_num_hidden_layers())
     check_exit_head(settings.drafter, model)
 

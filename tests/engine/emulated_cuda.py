@@ -129,6 +129,8 @@ def _play_torch() -> None:
             "get_device_name": lambda device=None: "emulated",
             "get_device_properties": lambda device=None: properties,
             "is_current_stream_capturing": lambda: False,
+            "_exchange_device": lambda device: 0,
+            "_maybe_exchange_device": lambda device: 0,
             "max_memory_allocated": lambda device=None: 0,
             "mem_get_info": lambda device=None: (MEMORY, MEMORY),
         },

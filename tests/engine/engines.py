@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL.Image import Image
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.platforms import current_platform
@@ -242,12 +243,14 @@ class Job:
         params: sampling parameters.
         arrival: engine step before which it is added.
         abort: engine step before which it is aborted, if it is still running.
+        images: each for one image token of the prompt.
     """
 
     prompt: Sequence[int]
     params: SamplingParams
     arrival: int = 0
     abort: int | None = None
+    images: Sequence[Image] = ()
 
 
 def greedy(max_tokens: int, **params: Any) -> SamplingParams:
@@ -266,7 +269,10 @@ def drive(llm: LLM, jobs: Sequence[Job]) -> list[RequestOutput | None]:
             if job.arrival == step:
                 params = job.params.clone()
                 params.output_kind = RequestOutputKind.FINAL_ONLY
-                engine.add_request(str(number), {"prompt_token_ids": list(job.prompt)}, params)
+                prompt: dict[str, Any] = {"prompt_token_ids": list(job.prompt)}
+                if job.images:
+                    prompt["multi_modal_data"] = {"image": list(job.images)}
+                engine.add_request(str(number), prompt, params)
                 added += 1
             if job.abort == step and number not in finished:
                 engine.abort_request([str(number)])

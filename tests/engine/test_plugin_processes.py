@@ -313,11 +313,10 @@ def test_ranks_of_a_mixture_that_may_differ_are_refused(mode: str, tiny: Callabl
         ("is_encoder_decoder", "encoder-decoder"),
         ("is_hybrid", "hybrid"),
         ("is_attention_free", "state-space"),
-        ("uses_mrope", "multi-dimensional rotary"),
     ],
 )
 def test_models_of_other_kinds_are_refused(flag: str, kind: str) -> None:
-    flags = dict.fromkeys(("is_moe", "is_encoder_decoder", "is_hybrid", "is_attention_free", "uses_mrope"), False)
+    flags = dict.fromkeys(("is_moe", "is_encoder_decoder", "is_hybrid", "is_attention_free"), False)
     parallel = SimpleNamespace(pipeline_parallel_size=1, distributed_executor_backend="mp")
 
     def check(**flags: bool) -> None:

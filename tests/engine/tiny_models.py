@@ -40,7 +40,7 @@ from transformers import (
 )
 
 # vLLM's CPU attention wants heads of at least 32.
-_SHAPE: dict[str, Any] = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 128,
     "intermediate_size": 192,
@@ -145,9 +145,9 @@ def write_checkpoint(folder: Path, family: str = "llama", *, seed: int = 0, gain
         family: a key of `FAMILIES` or `MORE_FAMILIES`.
         seed: of the weights; the same arguments always give the same weights.
         gain: scales the logits; larger means more peaked distributions.
-        **shape: fields of the family's config, over the defaults `_SHAPE`.
+        **shape: fields of the family's config, over the defaults `SHAPE`.
     """
-    config = (FAMILIES | MORE_FAMILIES)[family](**(_SHAPE | shape))
+    config = (FAMILIES | MORE_FAMILIES)[family](**(SHAPE | shape))
     config.dtype = "float32"
     build_model(config, seed, gain).save_pretrained(folder)
     return folder
@@ -177,11 +177,11 @@ def randomize(model: PreTrainedModel, seed: int, gain: float = 1.0) -> None:
         else:
             if "lm_head" in name or "embed_tokens" in name:
                 scale = 2.0 * gain
-            elif "o_proj" in name or "down_proj" in name:
+            elif "layers." in name and ("o_proj" in name or "down_proj" in name):
                 scale = 3.0 / (1 + extract_layer(name))  # late layers say less, so that an early exit often agrees
             else:
                 scale = 1.0
-            parameter.copy_(scale / parameter.shape[-1] ** 0.5 * noise)
+            parameter.copy_(scale / parameter[0].numel() ** 0.5 * noise)
 
 
 def extract_layer(name: str) -> int:

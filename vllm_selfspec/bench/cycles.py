@@ -308,7 +308,8 @@ def _is_v2(runner: Any) -> bool:
 
 
 def _weight_bytes(runner: Any, one_view_drafts: bool) -> dict[str, int | None]:
-    from vllm_selfspec.drafter.view import language_model, lm_head_path
+    from vllm_selfspec.drafter.refresh import language_model
+    from vllm_selfspec.drafter.view import lm_head_path
 
     top = language_model(runner.get_model())
     sizes = {

@@ -19,6 +19,7 @@ from vllm import envs
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.rotary_embedding import MRotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import (
@@ -35,6 +36,7 @@ _KINDS = {
     ("mistral.MistralDecoderLayer", "mistral.MistralAttention", "llama.LlamaMLP"),
     ("qwen2.Qwen2DecoderLayer", "qwen2.Qwen2Attention", "qwen2.Qwen2MLP"),
     ("qwen3.Qwen3DecoderLayer", "qwen3.Qwen3Attention", "qwen2.Qwen2MLP"),
+    ("qwen3_vl.Qwen3VLDecoderLayer", "qwen3.Qwen3Attention", "qwen2.Qwen2MLP"),
 }
 """Layers of vLLM's models, their attention and their MLP, that compute what `draft_layers` does."""
 
@@ -93,7 +95,7 @@ class Parts(NamedTuple):
     """
 
     norms: list[RMSNorm]
-    rotary: RotaryEmbedding
+    rotary: RotaryEmbedding | MRotaryEmbedding
     linears: list[Any]
 
     @classmethod
@@ -119,7 +121,7 @@ def is_one_operator(layer: Any) -> bool:
     attention, mlp = layer.self_attn, layer.mlp
     norms, rotary, linears = Parts.of(layer)
     rotation = getattr(type(rotary), "forward_native", None)  # LongRoPE has none
-    if rotation is not RotaryEmbedding.forward_native:
+    if rotation not in (RotaryEmbedding.forward_native, MRotaryEmbedding.forward_native):  # alike for one position
         return False
     widths = (layer.hidden_size, attention.head_dim, rotary.rotary_dim // 2, mlp.down_proj.input_size)
     return (

@@ -132,6 +132,18 @@ class SelfDraftProposer(DraftModelProposer):
             )
         self._runner = runner
         self.supports_mm_inputs = False
+        self._adds_offsets: bool = vllm_config.model_config.uses_mrope
+        if self._adds_offsets:  # text behind a prompt has the same position on all axes: one is kept
+            self.uses_mrope = False
+            self.positions = torch.zeros(self.max_positions, dtype=torch.int64, device=device)
+            images = vllm_config.model_config.multimodal_config
+            prunes = images is not None and images.is_multimodal_pruning_enabled()
+            if prunes and vllm_config.scheduler_config.async_scheduling:
+                # vLLM's runner would take the target's own positions anew, as if no draft had been rejected.
+                raise ConfigError(
+                    "video_pruning_rate needs async_scheduling to be off with method selfspec on model runner V1: "
+                    "set it to false, or remove what keeps model runner V2 away."
+                )
         drafter = self.speculative_config.selfspec.drafter
         self._exit_head = drafter.exit_head
         self._layers = drafter.layers(vllm_config.model_config.get_total_num_hidden_layers())
@@ -142,6 +154,12 @@ class SelfDraftProposer(DraftModelProposer):
         )
         self._scratch = Scratch()
         self._steps = torch.arange(self.max_batch_size + 1, dtype=torch.int32)
+
+    def _raise_if_mrope(self) -> None:
+        """M-RoPE is no hindrance: see `_rotary_offsets`."""
+
+    def _warn_if_multimodal(self) -> None:
+        """Nor are images: what the drafter would see of them is in the KV cache."""
 
     def load_model(self, target_model: nn.Module) -> None:
         """Build the view of the loaded target."""
@@ -237,6 +255,12 @@ class SelfDraftProposer(DraftModelProposer):
         tokens = tokens.to(self.device, non_blocking=True)
         return tokens.masked_fill(self._runner.discard_request_mask.gpu[:batch_size], 0)
 
+    def _rotary_offsets(self, batch_size: int) -> torch.Tensor:
+        """[B] what M-RoPE adds to the places of each request's text: an image takes fewer positions than tokens."""
+        names = self._runner.input_batch.req_ids[:batch_size]
+        offsets = [self._runner.requests[name].mrope_position_delta for name in names]
+        return torch.tensor(offsets).to(self.device, non_blocking=True)
+
     @torch.inference_mode()
     def propose(
         self,
@@ -284,6 +308,8 @@ class SelfDraftProposer(DraftModelProposer):
         positions = start + torch.arange(gamma, device=self.device).unsqueeze(1)  # [γ, B]
         positions.clamp_(max=self.max_model_len - 1)
         lengths = torch.minimum(positions + 1, limit.clamp(min=1))
+        if self._adds_offsets:
+            positions = (positions + self._rotary_offsets(batch_size)).clamp_(min=0)
 
         metadata = CommonAttentionMetadata(
             query_start_loc=self.arange[: batch_size + 1],

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 from vllm.logger import init_logger
+from vllm.model_executor.models import supports_multimodal
 from vllm.platforms import current_platform
 
 from vllm_selfspec.config import ConfigError, Precision
@@ -123,7 +124,7 @@ class WeightTap:
             return load_weights(*args, **kwargs)
 
         model.load_weights = watched
-        self._watched = self._tensors_to_watch(model)
+        self._watched = self._tensors_to_watch(language_model(model))
         # The drafter was just made of these weights, so a write before the first proposal is noticed too.
         self._fingerprint = self._read_fingerprint()
         self._stale.clear()
@@ -198,6 +199,11 @@ class WeightTap:
     def nbytes(self) -> int:
         """Bytes of all quantized weights."""
         return sum(state.nbytes for state in self._states.values())
+
+
+def language_model(target: nn.Module) -> nn.Module:
+    """The text part of a target, the target itself where that is all there is."""
+    return target.get_language_model() if supports_multimodal(target) else target
 
 
 def _wait_for_the_device() -> None:

@@ -113,6 +113,13 @@ class SelfDraftSpeculator(DraftModelSpeculator):
         """Position of each request's last token, which draft step 0 runs."""
         self._limit = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
         """Positions below this one are allocated to the request; 0 for a row that must not write."""
+        self._rotary_positions = self.input_buffers.positions
+        """Of each row's token; with M-RoPE, other than its place in the KV cache."""
+        self._rotary_offset: torch.Tensor | None = None
+        """[max_num_reqs] what M-RoPE adds to the places of each request's text."""
+        if vllm_config.model_config.uses_mrope:
+            self._rotary_positions = torch.zeros_like(self.input_buffers.positions)
+            self._rotary_offset = torch.zeros_like(self._start)
         self._num_blocks = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         """KV blocks that each request owns, by request-state index; `gather_block_tables` fills it."""
         self._row_numbers = torch.arange(self.max_num_reqs + 1, dtype=torch.int32, device=device)
@@ -285,6 +292,11 @@ class SelfDraftSpeculator(DraftModelSpeculator):
             self._limit[:num_reqs] = allocated.masked_fill_(num_sampled[:num_reqs] == 0, 0)
         start = input_batch.seq_lens[:num_reqs] - num_rejected[:num_reqs]
         self._start[:num_reqs] = torch.where(self._limit[:num_reqs] > 0, start, 0)
+        if self._rotary_offset is not None:
+            self._rotary_offset.zero_()
+            if writes:
+                offsets = self.model_state.rope_state.prefill_delta.gpu
+                self._rotary_offset[:num_reqs] = offsets[input_batch.idx_mapping[:num_reqs]]
 
     def _replay(self, desc: BatchExecutionDescriptor, gamma: int) -> None:
         assert self._manager is not None
@@ -358,6 +370,8 @@ class SelfDraftSpeculator(DraftModelSpeculator):
         """Positions and sequence lengths of the step."""
         position = (self._start[:num_reqs] + self._step).clamp_(max=self.max_model_len - 1)
         self.input_buffers.positions[:num_reqs] = position
+        if self._rotary_offset is not None:
+            self._rotary_positions[:num_reqs] = (position + self._rotary_offset[:num_reqs]).clamp_(min=0)
         # A row that may not write still attends to something: without any key the result would not be a number.
         length = torch.minimum(position + 1, self._limit[:num_reqs].clamp(min=1))
         self.input_buffers.seq_lens[:num_reqs] = length.masked_fill_(self.idx_mapping[:num_reqs] < 0, 0)
@@ -393,7 +407,7 @@ class SelfDraftSpeculator(DraftModelSpeculator):
             slot_mapping=slot_mappings,
             batch_descriptor=BatchDescriptor(num_tokens=num_tokens),
         ):
-            hidden = self.model(self.input_buffers.input_ids[:num_tokens], self.input_buffers.positions[:num_tokens])
+            hidden = self.model(self.input_buffers.input_ids[:num_tokens], self._rotary_positions[:num_tokens])
         tokens = self.sample_draft(
             hidden[:num_reqs],
             self._start[:num_reqs] + self._step,  # vLLM keys a draw by the position before the drawn token

@@ -26,19 +26,20 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
+from vllm.model_executor.layers.rotary_embedding import MRotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
-from vllm.model_executor.models import supports_multimodal
 
 from vllm_selfspec.config import ConfigError, Precision
 from vllm_selfspec.drafter.cpu_layers import DraftLayers, usable_for
 from vllm_selfspec.drafter.exit_head import fits_behind
 from vllm_selfspec.drafter.exit_head import load as load_exit_head
 from vllm_selfspec.drafter.quantize import FEW_ROWS, QuantizedLinear, usable_precisions
-from vllm_selfspec.drafter.refresh import WeightTap
+from vllm_selfspec.drafter.refresh import WeightTap, language_model
 
 _BOUND = 3e4
 """A logit that every dtype can hold and no other comes near."""
@@ -93,11 +94,6 @@ def without_compiler(module: nn.Module) -> nn.Module:
     return module
 
 
-def language_model(target: nn.Module) -> nn.Module:
-    """The text part of a target, the target itself where that is all there is."""
-    return target.get_language_model() if supports_multimodal(target) else target
-
-
 def lm_head_path(top: nn.Module) -> str:
     """Where a language model keeps the layer that makes its logits.
 
@@ -136,7 +132,8 @@ def quantization_plan(
     def plan(module: nn.Module) -> Precision:
         if isinstance(module, ParallelLMHead):
             return lm_head
-        place = re.search(r"\blayers\.(\d+)\.", module.prefix) if is_quantizable(module) else None
+        # A tower that sees images may have layers of the same numbers, in none of a decoder's places.
+        place = re.search(r"(?:^|\.)model\.layers\.(\d+)\.", module.prefix) if is_quantizable(module) else None
         if place is None or int(place[1]) not in wanted:
             return "native"
         return projections if isinstance(module, QKVParallelLinear) else weights
@@ -199,6 +196,9 @@ class DraftModel(nn.Module):
 
     It has no `load_weights`: the target's loader must never reach the drafter through it.
     """
+
+    supports_multimodal_embeddings = True
+    """It needs none: what it would see of an image is in the KV cache. vLLM warns of drafters that cannot take them."""
 
     def __init__(
         self,
@@ -303,6 +303,15 @@ def build_view(
             f"method selfspec cannot make a view of {type(target).__name__}, whose attention is outside of its layers "
             "in this vLLM: use 0.32 or newer, or remove the speculative config for this model."
         )
+    model_config = vllm_config.model_config
+    if model_config.uses_mrope or getattr(model_config, "uses_xdrope_dim", 0):  # XD-RoPE: before vLLM 0.32
+        rotary = {type(m) for layer in chosen for m in layer.modules() if isinstance(m, RotaryEmbeddingBase)}
+        if rotary != {MRotaryEmbedding}:  # which takes the position of text as one number
+            names = ", ".join(sorted(kind.__name__ for kind in rotary)) or "none that vLLM knows"
+            raise ConfigError(
+                f"method selfspec cannot make a view of {type(target).__name__}, whose multi-dimensional rotary "
+                f"embedding ({names}) is none that it drafts with: remove the speculative config for this model."
+            )
     draft_layers = DraftLayers() if begins_batches and usable_for(shared) else None
     # Experts and attention are found again by the target's names for them, and with them what they hold.
     by_name = [m for layer in chosen for m in layer.modules() if isinstance(m, AttentionLayerBase | MoERunnerInterface)]
