@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import emulated_cuda
+import interpreted_triton
 import pytest
 import torch
 from engines import (
@@ -35,6 +36,8 @@ from vllm_selfspec.drafter.cpu_layers import DraftStack
 from vllm_selfspec.drafter.proposer import SelfDraftProposer
 from vllm_selfspec.plugin import older_than
 
+pytestmark = pytest.mark.skipif(older_than("0.32"), reason="prepares images by another transformers")
+
 FIXED: dict[str, Any] = {"num_speculative_tokens": 5, "control": {"mode": "fixed"}}
 NATIVE = FIXED | {"drafter": {"weights": "native", "lm_head": "native"}}
 WITH_IMAGES: dict[str, Any] = {
@@ -48,17 +51,8 @@ WITH_IMAGES: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
     """`seeing(family)`: path of a tiny random checkpoint, made once."""
-    made: dict[str, str] = {}
-
-    def checkpoint(family: str) -> str:
-        if family not in usable or older_than("0.32"):
-            pytest.skip("this vLLM needs another transformers to prepare images")
-        if family not in made:
-            made[family] = str(write_vision_checkpoint(tmp_path_factory.mktemp(family), family))
-        return made[family]
-
-    with without_torchvision() as usable:
-        yield checkpoint
+    with without_torchvision():
+        yield cache(lambda family: str(write_vision_checkpoint(tmp_path_factory.mktemp(family), family)))
 
 
 def text(length: int) -> list[int]:
@@ -146,7 +140,7 @@ def test_drafts_follow_an_update(family: str, seeing: Callable[[str], str], tmp_
 
 
 @pytest.mark.skipif(not own_kernels() or emulated_cuda.wanted(), reason="no kernels of the package for this CPU")
-@pytest.mark.skipif(os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1", reason="on CPU runner V1 drafts")
+@pytest.mark.skipif(interpreted_triton.on_runner_v2(), reason="on CPU runner V1 drafts")
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_its_layers_are_one_operator_on_cpu(family: str, seeing: Callable[[str], str]) -> None:
     with engine(seeing(family), FIXED | {"drafter": {"weights": "int8"}}, **WITH_IMAGES) as llm:

@@ -6,7 +6,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -118,10 +118,8 @@ def picture(height: int, width: int, seed: int) -> Image.Image:
 
 
 @contextmanager
-def without_torchvision() -> Iterator[set[str]]:
+def without_torchvision() -> Iterator[None]:
     """Lets vLLM take these models, whose files import torchvision, and prepare images for Qwen's by Pillow.
-
-    Yields the families that it can take.
 
     A machine for the tests has no torchvision: there is none for torch on CPU among the packages.
     """
@@ -132,17 +130,14 @@ def without_torchvision() -> Iterator[set[str]]:
             patch.setitem(sys.modules, name, stand_in := ModuleType(name))
             if name.endswith("v2"):
                 stand_in.functional = sys.modules[names[-1]]
-        modules = {}
-        for family in VISION:
-            with suppress(ImportError):  # vLLM 0.29's LLaVA is of an older transformers
-                modules[family] = importlib.import_module(f"vllm.model_executor.models.{family}")
+        modules = {family: importlib.import_module(f"vllm.model_executor.models.{family}") for family in VISION}
     with pytest.MonkeyPatch.context() as patch:
         for family, module in modules.items():
             architecture = ARCHITECTURES[family]
             ModelRegistry.register_model(architecture, getattr(module, architecture))
             if family.startswith("qwen"):
                 _prepare_images_by_pillow(module, architecture.removesuffix("ForConditionalGeneration"), patch)
-        yield set(modules)
+        yield
 
 
 def _prepare_images_by_pillow(module: Any, name: str, patch: pytest.MonkeyPatch) -> None:
@@ -162,7 +157,6 @@ def _prepare_images_by_pillow(module: Any, name: str, patch: pytest.MonkeyPatch)
 
     info = getattr(module, f"{name}ProcessingInfo")
     patch.setattr(info, "get_hf_processor", get_hf_processor)
-    patch.setattr(info, "get_image_processor", lambda self, **_: self.get_hf_processor().image_processor)
     patch.setattr(info, "get_supported_mm_limits", lambda self: {"image": None})
     scopes: dict[str, set[str]] = {"images_kwargs": set(), "videos_kwargs": set()}
-    patch.setattr(info, "get_supported_mm_processor_kwargs", lambda self: scopes, raising=False)
+    patch.setattr(info, "get_supported_mm_processor_kwargs", lambda self: scopes)
