@@ -36,11 +36,13 @@ class DrafterConfig(_Strict):
     """Which layers draft, at what precision, with what head.
 
     `weights` and `lm_head` left out (None) mean "per platform": the cheapest precision that its kernels support, or
-    `int4+int8`, between which the controller chooses.
+    `int4+int8`, between which the controller chooses. `experts` left out means that of `weights`, or as they are where
+    they cannot be quantized.
     """
 
     weights: Precision | None = Field(None, description="precision of the drafter's linear layers")
     lm_head: Precision | None = Field(None, description="precision of the drafter's LM head")
+    experts: Precision | None = Field(None, description="precision of the experts of a mixture")
     exit_layer: int | None = Field(None, ge=1, description="draft with layers 0..n-1, then the final norm and LM head")
     skip_layers: tuple[int, ...] = Field((), description="layers the drafter leaves out")
     exit_head: str | None = Field(None, description="path of a trained exit head")

@@ -192,6 +192,13 @@ IN_WORKERS = (
         ("self", "layer"),
         "vllm_selfspec.drafter.refresh:process_weights_after_loading",
     ),
+    Seam(
+        "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:UnquantizedFusedMoEMethod"
+        ".process_weights_after_loading",
+        "the same for experts, which are packed on CPU and for some kernels on GPUs",
+        ("self", "layer"),
+        "vllm_selfspec.drafter.refresh:process_weights_after_loading",
+    ),
     *(
         Seam(
             f"vllm.v1.worker.gpu_worker:Worker.{method}",
@@ -237,6 +244,13 @@ TIED_LM_HEAD = Seam(
 
 MENDS = (
     TIED_LM_HEAD,
+    Seam(
+        "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:UnquantizedFusedMoEMethod._setup_kernel",
+        "experts compute from the new weights after a layerwise reload on CPU",
+        ("self", "layer"),
+        "vllm_selfspec.compat.cpu_experts_reload:setup_kernel",
+        needed="vllm_selfspec.compat.cpu_experts_reload:broken",
+    ),
     Seam(
         "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
         "temperature, top-k and top-p of speculated tokens are initialised on CPU",

@@ -196,6 +196,10 @@ def check_engine(settings: SelfSpecConfig, model: ModelConfig, parallel: Paralle
             "method selfspec does not support state-space or hybrid layers, whose state cannot be rolled back: "
             "remove the speculative config."
         )
+    if settings.drafter.experts not in (None, "native") and not model.is_moe:
+        raise ConfigError(
+            f"drafter.experts is {settings.drafter.experts!r}, but this model is no mixture of experts: leave it out."
+        )
     settings.drafter.layers(model.get_total_num_hidden_layers())
     check_exit_head(settings.drafter, model)
 

@@ -16,6 +16,7 @@ from vllm_selfspec.drafter.quantize import CpuInt4Linear, CpuInt8Linear, int4_gr
 from vllm_selfspec.drafter.quantize_rows import (
     Avx512Int4Linear,
     Avx512Int8Linear,
+    RowsExperts,
     RowsInt4Linear,
     RowsInt8Linear,
     RowsLinear,
@@ -99,6 +100,58 @@ def test_quantized_products(shape: tuple[int, int], kind: type[RowsLinear], dtyp
         bias = rows_of(1, shape[0], dtype)[0]
         # eight bits of activations, whose rounding is 1/254 of the largest of a row
         assert error(linear.apply(x, bias), x.double() @ values.t() + bias.double()) < 0.02
+
+
+EXPERTS, WIDTH, HIDDEN = 5, 72, 144
+
+
+def experts_of(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights up and down, of experts whose sizes differ."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.arange(1, EXPERTS + 1).view(-1, 1, 1) / HIDDEN**0.5
+    up = torch.randn(EXPERTS, 2 * WIDTH, HIDDEN, generator=generator) * size
+    return up, torch.randn(EXPERTS, HIDDEN, WIDTH, generator=generator) * size
+
+
+def mixed(
+    x: torch.Tensor, chosen: torch.Tensor, ids: torch.Tensor, up: torch.Tensor, down: torch.Tensor
+) -> torch.Tensor:
+    """What the experts `ids` [T, k], times `chosen`, make of rows [T, HIDDEN]: one row and one expert at a time."""
+    out = torch.zeros(len(x), HIDDEN, dtype=torch.float64)
+    for row in range(len(x)):
+        for weight, expert in zip(chosen[row], ids[row], strict=True):
+            gate, value = (up[expert].double() @ x[row].double()).chunk(2)
+            out[row] += weight * (down[expert].double() @ (torch.nn.functional.silu(gate) * value))
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_are_those_of_each_row(kind: type[RowsLinear], dtype: torch.dtype) -> None:
+    """Before and after a refresh, which keeps the places of the weights; some experts have no row, some all."""
+    up, down = experts_of(1)
+    experts = RowsExperts(up, down, kind)
+    places = [tensor.data_ptr() for linear in (experts._gate_up, experts._down) for tensor in linear.tensors]
+    for seed in (1, 2):
+        if seed == 2:
+            up, down = experts_of(2)
+            experts.refresh(up, down)
+        values = [KINDS[kind](weight.flatten(0, 1)).view(weight.shape) for weight in (up, down)]
+        for count in (1, 3, 40):
+            generator = torch.Generator().manual_seed(count)
+            x = rows_of(count, HIDDEN, dtype)
+            ids = torch.rand(count, EXPERTS, generator=generator).argsort(dim=1)[:, :2].int()
+            chosen = torch.rand(count, 2, generator=generator)
+            expected = mixed(x, chosen, ids, *values)
+            assert error(experts.apply(x, chosen, ids, None), expected) < 0.03
+    assert places == [tensor.data_ptr() for linear in (experts._gate_up, experts._down) for tensor in linear.tensors]
+    assert experts.nbytes == experts._gate_up.nbytes + experts._down.nbytes > 0
+
+
+def test_an_expert_that_is_not_there_is_an_error() -> None:
+    experts = RowsExperts(*experts_of(1), RowsInt8Linear)
+    with pytest.raises(RuntimeError, match="expert 5 of 5"):
+        experts.apply(torch.zeros(1, HIDDEN), torch.ones(1, 1), torch.tensor([[5]]), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -22,8 +22,10 @@ from vllm.platforms import current_platform
 
 from vllm_selfspec.control.alarm import AcceptanceAlarm
 from vllm_selfspec.drafter import refresh
+from vllm_selfspec.drafter.experts import is_experts
 from vllm_selfspec.drafter.refresh import IDLE_SECONDS, WeightTap
 from vllm_selfspec.metrics import PREFIX
+from vllm_selfspec.plugin import older_than
 
 PROMPTS = [[7, 11, 13, 17, 19], [23, 29, 31]]
 SPEC = {"method": "selfspec", "num_speculative_tokens": 3, "drafter": {"weights": "int8", "lm_head": "int8"}}
@@ -123,6 +125,34 @@ def test_reload_weights(
     assert told["vllm:selfspec_refreshed_layers"].value == report["total_layers"] - report["layers"]
     seconds = told["vllm:selfspec_refresh_seconds"]
     assert seconds.count == 1 and 0 < seconds.sum <= report["total_seconds"]
+
+
+def test_experts_follow_a_reload(tmp_path: Path) -> None:
+    """The target's, which vLLM's kernel for CPUs reads in an order of its own, and the drafter's."""
+    before, after = (write_checkpoint(tmp_path / str(seed), "qwen3_moe", seed=seed) for seed in (1, 2))
+
+    def layers_of(llm: LLM) -> list[Any]:
+        return [module for module in runner_of(llm).model.modules() if is_experts(module)]
+
+    def weights_of(llm: LLM) -> list[torch.Tensor]:
+        return [weight.clone() for layer in layers_of(llm) for weight in (layer.w13_weight, layer.w2_weight)]
+
+    def drafts_of(llm: LLM) -> list[torch.Tensor]:
+        states = drafter_of(llm)._tap._states
+        x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+        ids, weights = torch.tensor([[0, 1], [2, 3], [3, 1]]), torch.full((3, 2), 0.5)
+        return [states[layer].apply(x, weights, ids, None) for layer in layers_of(llm) if layer in states]
+
+    llm = engine(after)
+    fresh, fresh_drafts, answer = weights_of(llm), drafts_of(llm), accepted_and_text(llm)
+    assert len(fresh_drafts) == (0 if older_than("0.32") else 4)
+    del llm  # else it takes the groups of processes along when it goes
+    gc.collect()
+    llm = engine(before)
+    assert not any(map(torch.equal, weights_of(llm), fresh)) and not any(map(torch.equal, drafts_of(llm), fresh_drafts))
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(after)})
+    assert all(map(torch.equal, weights_of(llm), fresh)) and all(map(torch.equal, drafts_of(llm), fresh_drafts))
+    assert accepted_and_text(llm) == answer
 
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="layers outside an engine, on CPU alone")

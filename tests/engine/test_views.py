@@ -23,9 +23,11 @@ from torch import nn
 from transformers import Gemma3nTextConfig
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.drafter.exit_head import ExitHead, ExitHeadInfo, fits_behind, save
+from vllm_selfspec.drafter.experts import is_experts
 from vllm_selfspec.drafter.view import DraftModel
 from vllm_selfspec.plugin import older_than
 
@@ -90,14 +92,59 @@ def test_an_exit_head_needs_layers_that_add_to_a_residual(
 
 
 @pytest.mark.skipif(emulated_cuda.wanted(), reason="the router needs a compiled CUDA kernel")
-def test_what_a_mixture_looks_up_by_name_is_not_quantized(tiny: Callable[..., str]) -> None:
-    """vLLM finds the experts, the shared one among them, by the target's name for the layer: a copy would not run."""
-    with engine(tiny("qwen2_moe"), settings(weights="int8", lm_head="int8")) as llm:
-        tap = drafter_of(llm)._tap
-        quantized = {getattr(layer, "prefix", "") for layer in tap._states}
-        assert not any("shared_expert" in prefix for prefix in quantized)
-        assert sum("qkv_proj" in prefix for prefix in quantized) == 4
-        assert sum("o_proj" in prefix for prefix in quantized) == 4
+@pytest.mark.parametrize("experts", ["native", None], ids=["experts as they are", "experts of their own"])
+def test_what_a_mixture_looks_up_by_name(experts: str | None, tiny: Callable[..., str]) -> None:
+    """vLLM finds the experts, the shared one among them, by the layer's name: what is quantized needs another one."""
+    with engine(tiny("qwen2_moe"), settings(weights="int8", lm_head="int8", experts=experts)) as llm:
+        seen = watch(llm, lambda: 4)
+        drive(llm, JOBS)
+        assert seen.acceptance > 0.6
+        states = drafter_of(llm)._tap._states
+        quantized = [getattr(layer, "prefix", "") for layer in states]
+        assert sum("qkv_proj" in name for name in quantized) == 4
+        assert sum("self_attn.o_proj" in name for name in quantized) == 4
+        own = 0 if experts == "native" or older_than("0.32") else 4
+        assert sum("shared_expert." in name for name in quantized) == 2 * own
+        assert sum(map(is_experts, states)) == own
+        names = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        drafting = [layer for name, layer in names.items() if name.endswith("experts.selfspec")]
+        assert len(drafting) == own
+        for layer in drafting:
+            of_the_target = names[layer.layer_name.removesuffix(".selfspec")]
+            assert type(of_the_target.routed_experts.quant_method) is UnquantizedFusedMoEMethod
+            assert layer.router is of_the_target.router
+
+
+@pytest.mark.skipif(older_than("0.32"), reason="refused for another reason: experts are chosen inside of the kernel")
+@pytest.mark.skipif(emulated_cuda.wanted(), reason="the router needs a compiled CUDA kernel")
+@pytest.mark.parametrize(
+    ("width", "asked", "reason"),
+    [
+        (
+            60,
+            {"experts": "int8"},
+            "they are 60 wide on each device and the model 128, which must be",
+        ),
+        (64, {"experts": "fp8"}, "nothing multiplies with experts at fp8 here"),
+    ],
+)
+def test_experts_that_cannot_be_quantized(
+    width: int, asked: dict[str, str], reason: str, tiny: Callable[..., str]
+) -> None:
+    """Who asks for it is told why not, in one sentence."""
+    sentence = f"^drafter.experts cannot be '{asked['experts']}', because {reason}.*: set it to 'native'.$"
+    refused = pytest.raises(ConfigError, match=sentence)
+    with refused, engine(tiny("qwen3_moe", moe_intermediate_size=width), settings(**asked)):
+        pass
+
+
+@pytest.mark.skipif(emulated_cuda.wanted(), reason="the router needs a compiled CUDA kernel")
+def test_who_does_not_ask_for_it_drafts_with_such_experts_as_they_are(tiny: Callable[..., str]) -> None:
+    with engine(tiny("qwen3_moe", moe_intermediate_size=60), settings(weights="int8")) as llm:
+        seen = watch(llm, lambda: 4)
+        drive(llm, JOBS)
+        assert seen.acceptance > 0.6
+        assert len(drafter_of(llm)._tap._states) == 8
 
 
 def test_what_the_view_does_not_use_is_forgotten(tiny: Callable[..., str]) -> None:

@@ -151,6 +151,7 @@ def load() -> None:
     for name, outputs in _OUTPUTS.items():
         if hasattr(torch.ops.selfspec_cpu, name):
             torch.library.register_fake(f"selfspec_cpu::{name}", functools.partial(_fake, outputs))
+    torch.library.register_fake("selfspec_cpu::experts", lambda x, *rest: torch.empty_like(x))
     torch.library.register_fake("selfspec_cpu::draft_attention", lambda query, *rest: query.new_empty(query.shape))
     torch.library.register_fake(
         "selfspec_cpu::draft_layers", lambda hidden, *rest: (torch.empty_like(hidden), torch.empty_like(hidden))

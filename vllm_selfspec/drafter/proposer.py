@@ -149,9 +149,8 @@ class SelfDraftProposer(DraftModelProposer):
         self._layers = drafter.layers(vllm_config.model_config.get_total_num_hidden_layers())
         self._weights = choose_precision("drafter.weights", drafter.weights, self.device.type)
         self._lm_head = choose_precision("drafter.lm_head", drafter.lm_head, self.device.type)
-        self._tap = WeightTap(
-            vllm_config, quantization_plan(self._layers, self._weights, self._lm_head, self.device.type)
-        )
+        plan = quantization_plan(vllm_config, self._layers, self._weights, self._lm_head, drafter.experts)
+        self._tap = WeightTap(vllm_config, plan)
         self._scratch = Scratch()
         self._steps = torch.arange(self.max_batch_size + 1, dtype=torch.int32)
 

@@ -1,4 +1,4 @@
-"""Linear weights at the drafter's precision: quantized once, applied many times, refreshed in place.
+"""Weights at the drafter's precision: quantized once, applied many times, refreshed in place.
 
 On CPU: int8 (W8A8, per output channel and per token), int4 (groups of the input dimension), and both, where the
 number of rows decides. By the kernels of `quantize_rows.py`, or oneDNN's and ATen's on CPUs that these are not for.
@@ -44,6 +44,32 @@ class QuantizedLinear(ABC):
     def nbytes_read(self) -> int:
         """Bytes of it that a product reads."""
         return self.nbytes
+
+
+class QuantizedExperts(ABC):
+    """The experts of one layer at reduced precision, each an MLP that gates with SiLU.
+
+    `refresh` writes into the existing buffers, whose addresses captured graphs hold.
+    """
+
+    @abstractmethod
+    def refresh(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        """Quantize weights [E, 2 I, H] (of the gates first) and [E, H, I] into the existing buffers."""
+
+    @abstractmethod
+    def apply(
+        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, expert_map: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the experts `ids` [T, k] make of rows x [T, H], each times its weight [T, k], added up: [T, H].
+
+        Args:
+            expert_map: [all experts] int32, which of E they are, -1 for those of other ranks; None: all are here.
+        """
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that the quantized weights occupy."""
 
 
 def better_of(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -186,6 +212,15 @@ def usable_precisions(device_type: str) -> list[str]:
     return ["native", "int4", *(["int8"] if hasattr(torch.ops._C, "create_onednn_scaled_mm_handler") else [])]
 
 
+def experts_precisions(device_type: str) -> list[str]:
+    """Precisions for which this platform has kernels that multiply with experts."""
+    if device_type != "cpu":
+        from vllm_selfspec.drafter.quantize_cuda import usable_experts_precisions
+
+        return usable_experts_precisions()
+    return ["int4", "int8", "int4+int8"] if own_kernels() else []
+
+
 def choose_precision(field: str, asked: Precision | None, device_type: str) -> Precision:
     """The precision of `field`: the one asked for if there is a kernel, the platform's own when none is (None).
 
@@ -233,3 +268,31 @@ def quantize(weight: torch.Tensor, precision: Precision, light: torch.Tensor | N
 
         kinds |= {"int8": Avx512Int8Linear, "int4": Avx512Int4Linear}
     return kinds[precision](weight)
+
+
+def quantize_experts(
+    gate_up: torch.Tensor, down: torch.Tensor, precision: Precision, light: torch.Tensor | None = None
+) -> QuantizedExperts:
+    """Quantize the experts of one layer.
+
+    Args:
+        gate_up: [E, 2 I, H] in the model's dtype, of the gates first.
+        down: [E, H, I].
+        precision: not `native`.
+        light: as `quantize` takes it.
+
+    Raises:
+        ConfigError: if the shape does not fit the kernel.
+    """
+    if down.device.type != "cpu":
+        from vllm_selfspec.drafter.quantize_cuda import CudaExperts
+
+        return CudaExperts(gate_up, down, precision)
+    from vllm_selfspec.drafter.quantize_rows import OperatorLinear, RowsExperts
+
+    def linear(weight: torch.Tensor) -> OperatorLinear:
+        state = quantize(weight, precision, light)
+        assert isinstance(state, OperatorLinear)
+        return state
+
+    return RowsExperts(gate_up, down, linear)

@@ -4,7 +4,10 @@ int4: W4A16, symmetric, groups of 64 inputs (32 where 64 does not divide), Mache
 int8: W8A8, per output channel and per token, CUTLASS or Triton.
 fp8: W8A8, per output channel and per token, CUTLASS or PyTorch; before capability 8.9 weight-only, Marlin.
 
-vLLM picks the kernel for the device. It expects a layer that holds a checkpoint's tensors, as the compressed-tensors
+vLLM picks the kernel for the device. Experts of a mixture are multiplied with by its function for fused experts: int4
+(groups of 64) by CUDA up to six rows an expert, else by Triton, int8 and fp8 by Triton.
+
+For linear layers it expects a layer that holds a checkpoint's tensors, as the compressed-tensors
 schemes build it, and packs them for itself; that layer is built here from the full weight instead of from a file.
 
 Not run on a GPU yet: tested on CPU with stand-in kernels.
@@ -19,10 +22,13 @@ import torch
 from torch import nn
 
 from vllm_selfspec.config import ConfigError, Precision
-from vllm_selfspec.drafter.quantize import QuantizedLinear, better_of
+from vllm_selfspec.drafter.quantize import QuantizedExperts, QuantizedLinear, better_of
 from vllm_selfspec.plugin import older_than
 
 INT4_GROUPS = (64, 32)
+EXPERTS_INT4_GROUP = 64
+"""With 32 vLLM's CUDA kernel would meet widths of which it takes no block (three groups, as in 96)."""
+
 _INT4_BIAS = 8
 _FP8_MAX = 448.0
 _CHUNK_ELEMENTS = 1 << 23
@@ -53,6 +59,15 @@ def usable_cuda_precisions() -> list[str]:
     if capability < 100:  # vLLM has no int8 tensor-core kernels for Blackwell
         usable.append("int8")
     return [*usable, "fp8"]
+
+
+def usable_experts_precisions() -> list[str]:
+    """Precisions at which vLLM's function for fused experts multiplies with weights on this GPU."""
+    capability = _capability() or 0
+    usable = ["int4"] if capability >= 80 else []
+    if 80 <= capability < 100:
+        usable.append("int8")
+    return [*usable, "fp8"] if capability >= 89 else usable
 
 
 def default_cuda_precision() -> Precision:
@@ -124,6 +139,68 @@ class CudaLinear(QuantizedLinear):
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in _tensors(self._layer).values())
+
+
+class CudaExperts(QuantizedExperts):
+    """Experts [E, N, K] as `vllm.model_executor.layers.fused_moe.fused_experts` takes them.
+
+    int4: uint8 [E, N, K / 2], the lower half of a byte first, scales [E, N, K / 64]; int8 and fp8: [E, N, K], scales
+    [E, N, 1].
+    """
+
+    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, precision: Precision) -> None:
+        from vllm.model_executor.layers.fused_moe import config
+
+        self._precision = precision
+        # Of a float32 model's activations the CUDA kernel would take none.
+        self._act_dtype = gate_up.dtype if gate_up.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+        self._weights = [self._quantized(weight) for weight in (gate_up, down)]
+        (_, scale1), (_, scale2) = self._weights
+        if precision == "int4":
+            self._config = config.int4_w4a16_moe_quant_config(scale1, scale2, block_shape=[0, EXPERTS_INT4_GROUP])
+        elif precision == "int8":
+            self._config = config.int8_w8a8_moe_quant_config(scale1, scale2, None, None, per_act_token_quant=True)
+        else:
+            self._config = config.fp8_w8a8_moe_quant_config(
+                scale1, scale2, per_act_token_quant=True, per_out_ch_quant=True
+            )
+
+    @torch.no_grad()
+    def _quantized(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = weight.flatten(0, 1)
+        if self._precision == "int4":
+            packed, scale = quantize_int4(rows, EXPERTS_INT4_GROUP, self._act_dtype)
+            packed = packed.view(torch.uint8)
+        else:
+            packed, scale = quantize_per_channel(rows, torch.int8 if self._precision == "int8" else torch.float8_e4m3fn)
+        return packed.unflatten(0, weight.shape[:2]), scale.unflatten(0, weight.shape[:2])
+
+    def refresh(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        for weight, tensors in zip((gate_up, down), self._weights, strict=True):
+            for new, old in zip(self._quantized(weight), tensors, strict=True):
+                old.copy_(new)
+
+    def apply(
+        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, expert_map: torch.Tensor | None
+    ) -> torch.Tensor:
+        from vllm.model_executor.layers.fused_moe import fused_experts
+
+        (gate_up, _), (down, _) = self._weights
+        out = fused_experts(
+            x.to(self._act_dtype).contiguous(),
+            gate_up,
+            down,
+            weights,
+            ids,
+            global_num_experts=-1 if expert_map is None else len(expert_map),
+            expert_map=expert_map,
+            quant_config=self._config,
+        )
+        return out.to(x.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensors in self._weights for tensor in tensors)
 
 
 def quantize_int4(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from vllm_selfspec.drafter.cpu_kernels import load
-from vllm_selfspec.drafter.quantize import INT4_GROUP, QuantizedLinear
+from vllm_selfspec.drafter.quantize import INT4_GROUP, QuantizedExperts, QuantizedLinear
 
 _PADDING = 64
 """The kernels read whole blocks of so many inputs."""
@@ -147,3 +149,34 @@ class TwoViewsLinear(OperatorLinear):
     @property
     def nbytes_read(self) -> int:
         return (self._light if self._flag else self._main).nbytes
+
+
+class RowsExperts(QuantizedExperts):
+    """Experts whose weights lie one after the other in those of an `OperatorLinear`.
+
+    The kernels for AVX-512 store whole blocks of outputs, so that an expert must have whole ones.
+    """
+
+    def __init__(
+        self, gate_up: torch.Tensor, down: torch.Tensor, linear: Callable[[torch.Tensor], OperatorLinear]
+    ) -> None:
+        """`linear` quantizes a weight [E N, K]."""
+        self._count, _, self._width = down.shape
+        self._gate_up, self._down = linear(gate_up.flatten(0, 1)), linear(down.flatten(0, 1))
+
+    def refresh(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        self._gate_up.refresh(gate_up.flatten(0, 1))
+        self._down.refresh(down.flatten(0, 1))
+
+    def apply(
+        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, expert_map: torch.Tensor | None
+    ) -> torch.Tensor:
+        assert expert_map is None
+        product, gate_up, down = self._gate_up.operator, list(self._gate_up.tensors), list(self._down.tensors)
+        return torch.ops.selfspec_cpu.experts(
+            x, weights.float(), ids.int(), product, gate_up, down, self._count, self._width
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return self._gate_up.nbytes + self._down.nbytes

@@ -1,9 +1,10 @@
 """Where a quantized drafter gets its weights, and how it follows them when they change.
 
 A `WeightTap` belongs to one drafter. It holds one `QuantizedLinear` per target layer that the drafter uses at reduced
-precision. On CPU vLLM may pack a layer's weight for its own kernel and drop the original inside
-`process_weights_after_loading`, so the tap quantizes it there, on the first load and on every reload. Where the weight
-stays on the layer, the tap reads it from there and refreshes lazily, before the next proposal.
+precision, one `QuantizedExperts` per layer of experts. On CPU, and experts on some GPUs, vLLM may pack a layer's weight
+for its own kernel and drop the original inside `process_weights_after_loading`, so the tap quantizes it there, on the
+first load and on every reload. Where the weight stays on the layer, the tap reads it from there and refreshes lazily,
+before the next proposal.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from vllm.model_executor.models import supports_multimodal
 from vllm.platforms import current_platform
 
 from vllm_selfspec.config import ConfigError, Precision
-from vllm_selfspec.drafter.quantize import QuantizedLinear, quantize
+from vllm_selfspec.drafter.experts import full_weights, is_experts, weights_before_packing
+from vllm_selfspec.drafter.quantize import quantize, quantize_experts
 
 IDLE_SECONDS = 0.1
 """A gap of this length between two proposals lets the tap look for weights that changed behind vLLM's back."""
@@ -31,7 +33,7 @@ FINGERPRINT_TENSORS, FINGERPRINT_SAMPLES = 16, 32
 logger = init_logger("vllm.selfspec")
 
 Plan = Callable[[nn.Module], Precision]
-"""The precision at which the drafter uses a linear layer or LM head of the target."""
+"""The precision at which the drafter uses a linear layer, a layer's experts or the LM head of the target."""
 
 
 class WeightTap:
@@ -53,7 +55,7 @@ class WeightTap:
         self.refreshed_layers = 0
         self.refresh_seconds = 0.0
         self.plan = plan
-        self._states: weakref.WeakKeyDictionary[nn.Module, QuantizedLinear] = weakref.WeakKeyDictionary()
+        self._states: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self._stale: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._restores: list[Callable[[], object]] = []
         self._restore_due = False
@@ -73,31 +75,41 @@ class WeightTap:
                 return tap
         return None
 
-    def capture(self, layer: nn.Module, weight: torch.Tensor, precision: Precision | None = None) -> None:
-        """Quantize the full `weight` [N, K] of a layer, at first at `precision`, or what the plan gives it."""
+    def capture(self, layer: nn.Module, *weights: torch.Tensor, precision: Precision | None = None) -> None:
+        """Quantize the full weights of a layer, at first at `precision`, or what the plan gives it.
+
+        Args:
+            weights: [N, K], or two of experts as `quantize_experts` takes them.
+        """
         state = self._states.get(layer)
         precision = precision or self.plan(layer)
-        if weight.is_meta or weight.ndim != 2 or (state is None and precision == "native"):
+        kind: Callable[..., Any] = quantize_experts if is_experts(layer) else quantize
+        fits = [weight.ndim for weight in weights] == ([3, 3] if is_experts(layer) else [2])
+        if not fits or weights[0].is_meta or (state is None and precision == "native"):
             return
+        weights = tuple(weight.detach() for weight in weights)
         if state is None:
-            self._states[layer] = quantize(weight.detach(), precision, self.light)
+            self._states[layer] = kind(*weights, precision, self.light)
         else:
             _wait_for_the_device()  # else its work of before would be counted, and that of the refresh would not
             start = time.perf_counter()
-            state.refresh(weight.detach())
+            state.refresh(*weights)
             _wait_for_the_device()
             self.refresh_seconds += time.perf_counter() - start
             self.refreshed_layers += 1
         self._stale.discard(layer)
 
-    def state(self, layer: nn.Module, precision: Precision | None = None) -> QuantizedLinear:
-        """The quantized weight of `layer`, made now if the layer still holds its full weight.
+    def state(self, layer: nn.Module, precision: Precision | None = None) -> Any:
+        """What `layer` is quantized to, made now if the layer still holds its full weights.
 
         Args:
             precision: of a layer that the plan does not know; None: the plan's.
+
+        Returns:
+            `QuantizedExperts` of a layer of experts, else `QuantizedLinear`.
         """
         if layer not in self._states:
-            self.capture(layer, layer.weight, precision)
+            self.capture(layer, *full_weights(layer), precision=precision)
         if layer not in self._states:
             raise ConfigError(
                 f"drafter: the full weight of {getattr(layer, 'prefix', type(layer).__name__)} is not available to "
@@ -135,7 +147,7 @@ class WeightTap:
 
         A merged adapter changes the linear layers alone, and of these perhaps one kind.
         """
-        quantized = {id(weight) for layer in self._states if (weight := getattr(layer, "weight", None)) is not None}
+        quantized = {id(weight) for layer in self._states for weight in full_weights(layer)}
         kinds: dict[str, list[torch.Tensor]] = {}
         for name, tensor in model.named_parameters():
             if tensor.numel() >= FINGERPRINT_SAMPLES and tensor.is_floating_point():
@@ -169,9 +181,9 @@ class WeightTap:
             self._restore_due = False
         if not self._stale:
             return 0
-        layers = [layer for layer in self._stale if layer.weight.numel()]
+        layers = [layer for layer in self._stale if full_weights(layer)]
         for layer in layers:
-            self.capture(layer, layer.weight)
+            self.capture(layer, *full_weights(layer))
         self._stale.clear()
         self._fingerprint = self._read_fingerprint()
         logger.info("selfspec drafter refreshed: %d layers, %.2f s in all so far.", len(layers), self.refresh_seconds)
@@ -213,17 +225,18 @@ def _wait_for_the_device() -> None:
 
 @torch.inference_mode()
 def process_weights_after_loading(original: Callable[..., None], self: Any, layer: nn.Module) -> None:
-    """Wraps vLLM's `process_weights_after_loading` of unquantized linear layers and embeddings.
+    """Wraps vLLM's `process_weights_after_loading` of unquantized linear layers, embeddings and experts.
 
     Some trainers fill layers and process them past `model.load_weights`. Everything is marked, not this layer alone:
     vLLM processes an embedding, but not the LM head that is tied to it.
     """
-    tap, weight = WeightTap.of(layer), layer.weight.detach()
+    tap = WeightTap.of(layer)
+    weights = tuple(weight.detach() for weight in weights_before_packing(layer))
     original(self, layer)
     if tap is not None:
         tap.mark_stale()
-        if not layer.weight.numel():
-            tap.capture(layer, weight)
+        if not full_weights(layer):
+            tap.capture(layer, *weights)
 
 
 class RefreshCost(NamedTuple):

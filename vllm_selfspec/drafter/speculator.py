@@ -102,7 +102,8 @@ class SelfDraftSpeculator(DraftModelSpeculator):
         self._layers = drafter.layers(vllm_config.model_config.get_total_num_hidden_layers())
         self._weights = choose_precision("drafter.weights", drafter.weights, self.device.type)
         self._lm_head = choose_precision("drafter.lm_head", drafter.lm_head, self.device.type)
-        self._tap = WeightTap(vllm_config, quantization_plan(self._layers, self._weights, self._lm_head, device.type))
+        plan = quantization_plan(vllm_config, self._layers, self._weights, self._lm_head, drafter.experts)
+        self._tap = WeightTap(vllm_config, plan)
         self._view_layer_names: set[str] = set()
         self._manager: SpeculatorCudaGraphManager | None = None
 

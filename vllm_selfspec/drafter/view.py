@@ -17,6 +17,7 @@ from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe.runner.moe_runner_interface import MoERunnerInterface
@@ -38,8 +39,11 @@ from vllm_selfspec.config import ConfigError, Precision
 from vllm_selfspec.drafter.cpu_layers import DraftLayers, usable_for
 from vllm_selfspec.drafter.exit_head import fits_behind
 from vllm_selfspec.drafter.exit_head import load as load_exit_head
+from vllm_selfspec.drafter.experts import DrafterExpertsMethod, is_experts, why_native
 from vllm_selfspec.drafter.quantize import FEW_ROWS, QuantizedLinear, usable_precisions
 from vllm_selfspec.drafter.refresh import WeightTap, language_model
+
+logger = init_logger("vllm.selfspec")
 
 _BOUND = 3e4
 """A logit that every dtype can hold and no other comes near."""
@@ -57,7 +61,7 @@ class DrafterLinearMethod:
 
 
 def is_quantizable(module: nn.Module) -> bool:
-    """True for the large linear layers that vLLM runs unquantized (a mixture's router and experts are left alone)."""
+    """True for the large linear layers that vLLM runs unquantized (a mixture's router is left alone)."""
     return isinstance(module, ColumnParallelLinear | RowParallelLinear) and isinstance(
         module.quant_method, UnquantizedLinearMethod
     )
@@ -117,26 +121,42 @@ def with_submodule(module: nn.Module, path: str, submodule: nn.Module) -> nn.Mod
 
 
 def quantization_plan(
-    layers: Sequence[int], weights: Precision, lm_head: Precision, device_type: str
+    vllm_config: VllmConfig, layers: Sequence[int], weights: Precision, lm_head: Precision, experts: Precision | None
 ) -> Callable[[nn.Module], Precision]:
     """Which precision the drafter uses for a layer of the target, told by the layer's type and place.
 
     On CPU `int4` leaves the projections to query, key and value at int8. They are a fourteenth of the weights of
     Qwen2.5-Coder-0.5B and cause a fifth of what int4 loses in acceptance: docs/measurements.md.
+
+    Args:
+        experts: of a mixture; None: that of the weights, if they can be quantized.
     """
     wanted = set(layers)
     projections = weights
+    device_type = vllm_config.device_config.device_type
     if "int4" in weights and device_type == "cpu" and "int8" in usable_precisions(device_type):
         projections = "int8"
 
     def plan(module: nn.Module) -> Precision:
         if isinstance(module, ParallelLMHead):
             return lm_head
+        name = module.layer_name if is_experts(module) else module.prefix if is_quantizable(module) else ""
         # A tower that sees images may have layers of the same numbers, in none of a decoder's places.
-        place = re.search(r"(?:^|\.)model\.layers\.(\d+)\.", module.prefix) if is_quantizable(module) else None
+        place = re.search(r"(?:^|\.)model\.layers\.(\d+)\.", name)
         if place is None or int(place[1]) not in wanted:
             return "native"
+        if is_experts(module):
+            return plan_experts(module)
         return projections if isinstance(module, QKVParallelLinear) else weights
+
+    def plan_experts(module: nn.Module) -> Precision:
+        precision = experts or weights
+        reason = "" if precision == "native" else why_native(module, vllm_config, precision)
+        if reason and experts is not None:
+            raise ConfigError(f"drafter.experts cannot be {experts!r}, because {reason}: set it to 'native'.")
+        if reason:
+            logger.info_once("selfspec drafts with the experts as they are, because %s.", reason)
+        return "native" if reason else precision
 
     return plan
 
@@ -313,20 +333,43 @@ def build_view(
                 f"embedding ({names}) is none that it drafts with: remove the speculative config for this model."
             )
     draft_layers = DraftLayers() if begins_batches and usable_for(shared) else None
-    # Experts and attention are found again by the target's names for them, and with them what they hold.
-    by_name = [m for layer in chosen for m in layer.modules() if isinstance(m, AttentionLayerBase | MoERunnerInterface)]
-    of_the_target = {id(part) for owner in by_name for part in owner.modules()}
     used: list[nn.Module] = []
+
+    def has_quantized_experts(module: nn.Module) -> bool:
+        routed = getattr(module, "routed_experts", None)
+        return isinstance(module, MoERunnerInterface) and routed is not None and tap.plan(routed) != "native"
+
+    # Attention, and experts that stay as they are, are found again by the target's names for them, and with them what
+    # they hold.
+    by_name = [m for layer in chosen for m in layer.modules() if isinstance(m, AttentionLayerBase | MoERunnerInterface)]
+    of_the_target = {id(part) for m in by_name if not has_quantized_experts(m) for part in m.modules()}
 
     def replace(module: nn.Module) -> nn.Module:
         if draft_layers is not None and isinstance(module, Attention):
             return draft_layers.attention(module)
+        if has_quantized_experts(module):
+            used.append(module.routed_experts)
+            return named_experts(module)
         if weights == "native" or id(module) in of_the_target or not is_quantizable(module):
             return module
         used.append(module)
         clone = shallow_copy(module)
         # Few classes do not tell their parts which layer they are of, which the plan goes by.
         clone.quant_method = DrafterLinearMethod(tap.state(module, weights if tap.plan(module) == "native" else None))
+        return clone
+
+    def named_experts(runner: Any) -> Any:
+        """A layer of experts for the view, known to vLLM by a name of its own: graphs find theirs by it."""
+        clone = shallow_copy(runner)
+        clone.layer_name = f"{runner.layer_name}.selfspec"
+        clone.routed_experts = experts = shallow_copy(runner.routed_experts)
+        del experts._modules["quant_method"]  # a module itself, unlike the drafter's
+        experts.quant_method = DrafterExpertsMethod(runner.moe_config, tap.state(runner.routed_experts))
+        if runner.shared_experts is not None:
+            clone._modules["_shared_experts"] = copy_with(runner.shared_experts, replace)
+        names = vllm_config.compilation_config.static_forward_context
+        assert clone.layer_name not in names
+        names[clone.layer_name] = clone
         return clone
 
     decoder = shallow_copy(inner)

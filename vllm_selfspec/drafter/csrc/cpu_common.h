@@ -232,6 +232,26 @@ inline Inputs inputs_of(const at::Tensor& x) {
   return inputs;
 }
 
+// silu(gate) * up of rows that hold the gates, then the others.
+template <typename T>
+Inputs gated(const at::Tensor& gate_up, const at::Tensor& out) {
+  const int64_t width = gate_up.size(1) / 2;
+  return {gate_up.size(0), width, gate_up.scalar_type(),
+          [x = gate_up.const_data_ptr<T>(), width](int64_t m, float* wide) {
+            const T *gates = x + 2 * m * width, *ups = gates + width;
+            const __m256 one = _mm256_set1_ps(1.0f), zero = _mm256_setzero_ps();
+            for (int64_t i = 0; i < width; i += 8) {
+              const __m256 gate = load8(gates + i);
+              // e^-|gate|: no overflow, and both signs of the sigmoid follow from it
+              const __m256 e = exp8(_mm256_sub_ps(zero, abs8(gate)));
+              const __m256 above = _mm256_blendv_ps(one, e, gate);
+              const __m256 sigmoid = _mm256_div_ps(above, _mm256_add_ps(one, e));
+              _mm256_storeu_ps(wide + i, _mm256_mul_ps(_mm256_mul_ps(gate, sigmoid), load8(ups + i)));
+            }
+          },
+          out};
+}
+
 // f(out, bias) writes a product's result [M, N].
 template <typename F>
 at::Tensor with_result(const Inputs& x, const std::optional<at::Tensor>& bias, int64_t outputs, F f) {

@@ -144,26 +144,6 @@ Inputs normed(const at::Tensor& hidden, const at::Tensor& residual, const at::Te
           out};
 }
 
-// silu(gate) * up of rows that hold the gates, then the others.
-template <typename T>
-Inputs gated(const at::Tensor& gate_up, const at::Tensor& out) {
-  const int64_t width = gate_up.size(1) / 2;
-  return {gate_up.size(0), width, gate_up.scalar_type(),
-          [x = gate_up.const_data_ptr<T>(), width](int64_t m, float* wide) {
-            const T *gates = x + 2 * m * width, *ups = gates + width;
-            const __m256 one = _mm256_set1_ps(1.0f), zero = _mm256_setzero_ps();
-            for (int64_t i = 0; i < width; i += 8) {
-              const __m256 gate = load8(gates + i);
-              // e^-|gate|: no overflow, and both signs of the sigmoid follow from it
-              const __m256 e = exp8(_mm256_sub_ps(zero, abs8(gate)));
-              const __m256 above = _mm256_blendv_ps(one, e, gate);
-              const __m256 sigmoid = _mm256_div_ps(above, _mm256_add_ps(one, e));
-              _mm256_storeu_ps(wide + i, _mm256_mul_ps(_mm256_mul_ps(gate, sigmoid), load8(ups + i)));
-            }
-          },
-          out};
-}
-
 // Normalizes the queries and keys in rows of queries, keys and values [T, (H + 2 KH) * D] where the layer does, then
 // rotates them: halves of a head's first values are the two parts of a complex number.
 template <typename T>
