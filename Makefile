@@ -97,7 +97,7 @@ ENGINE_TESTS := HF_HUB_OFFLINE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREAD
 # Slow where Triton is interpreted, so only what depends on the runner.
 V2_TESTS := $(addprefix tests/engine/test_,distribution.py::test_distribution_on_runners_for_gpus \
 	distribution.py::test_distribution_under_a_grammar families.py following_weights.py kv_slots.py recorded_graphs.py \
-	compiled_graphs.py step_times.py bench.py images.py::test_a_whole_view_is_never_rejected)
+	compiled_graphs.py step_times.py bench.py cuda_experts.py images.py::test_a_whole_view_is_never_rejected)
 V1_CUDA_TESTS := $(addprefix tests/engine/test_,distribution.py::test_distribution_on_runners_for_gpus \
 	following_weights.py kv_slots.py compiled_graphs.py step_times.py) \
 	$(patsubst %,'tests/engine/test_families.py::test_family_equals_plain_decoding[%]',int8-qwen2 int8-gemma2 exit-llama)

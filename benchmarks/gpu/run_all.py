@@ -98,6 +98,25 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "rope_theta": 1000000.0,
     },
+    "qwen3-30b-a3b": {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "rms_norm_eps": 1e-6}
+    | {
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "head_dim": 128,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000.0,
+    },
     "tiny": _LLAMA
     | {
         "hidden_size": 128,
@@ -111,11 +130,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+DENSE = ["qwen2.5-7b", "llama-3.1-8b", "qwen2.5-14b"]
+EXPERTS = {"cuda": (32, 8, 2048, 768), "cpu": (4, 2, 128, 64)}
+"""Of the mixture whose products are tried: experts, those of a row, hidden size and their own width."""
+
 SMALL: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 2048} | {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
 """Shape of the random weights that stand in for a checkpoint: every kernel takes it."""
+SMALL_MIXTURE: dict[str, Any] = SMALL | {"moe_intermediate_size": 256, "num_experts": 16, "num_experts_per_tok": 4}
 
 LEFT_OUT = (
     "vllm/vllm-rs",
@@ -139,7 +163,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and a small grid, to try the script")
     shapes = [name for name in SHAPES if name != "tiny"]
-    parser.add_argument("--models", type=_names(shapes), default=shapes, help=f"of {', '.join(shapes)}")
+    parser.add_argument("--models", type=_names(shapes), default=DENSE, help=f"of {', '.join(shapes)}")
     parser.add_argument("--batches", type=_numbers, default=[1, 2, 4, 8, 16, 32, 64, 128])
     parser.add_argument("--seqs", type=_numbers, default=[256, 1024, 2048, 4096, 8192])
     parser.add_argument("--gammas", type=_numbers, default=[1, 3, 5, 7, 11, 15])
@@ -211,7 +235,7 @@ def write_metadata(folder: Path) -> Path:
 
 
 def parameter_bytes(shape: dict[str, Any], bytes_per_weight: float = 2) -> float:
-    """Bytes that one forward pass reads of the linear layers and the LM head."""
+    """Bytes that one forward pass of a dense model reads of the linear layers and the LM head."""
     hidden, heads, kv_heads = shape["hidden_size"], shape["num_attention_heads"], shape["num_key_value_heads"]
     head_dim = hidden // heads
     attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
@@ -383,6 +407,10 @@ class Run:
             model = str(write_checkpoint(self.scratch / "small", "llama", **SMALL))
         for weights in LEAST_ACCEPTED:
             self.job("drafts", model=model, drafter={"weights": weights, "lm_head": weights})
+        if self.options.checkpoint is None:
+            mixture = str(write_checkpoint(self.scratch / "mixture", "qwen3_moe", **SMALL_MIXTURE))
+            for weights in LEAST_ACCEPTED:
+                self.job("drafts", model=mixture, drafter=dict.fromkeys(("weights", "lm_head", "experts"), weights))
         plain = self.job("greedy", model=model, drafter=None)
         for weights in LEAST_ACCEPTED:
             drafter = {"weights": weights, "lm_head": "native"} | ({"skip_layers": [1]} if weights == "native" else {})
@@ -468,11 +496,12 @@ def shape_folder(name: str) -> str:
 
 
 def products_job(request: dict[str, Any]) -> dict[str, Any]:
-    """Every precision's product and refresh for every linear layer of a shape, random weights."""
+    """Every precision's product and refresh for every linear layer of a shape, and for experts; random weights."""
     import torch
     from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.fused_moe import fused_experts
 
-    from vllm_selfspec.drafter.quantize import quantize, usable_precisions
+    from vllm_selfspec.drafter.quantize import experts_precisions, quantize, quantize_experts, usable_precisions
 
     options, config = request["options"], SHAPES[request["shape"]]
     device = options["device"]
@@ -487,46 +516,79 @@ def products_job(request: dict[str, Any]) -> dict[str, Any]:
     def relative_error(result: torch.Tensor, dense: torch.Tensor) -> float:
         return float((result.float() - dense.float()).norm() / dense.float().norm())
 
-    dense = torch.nn.functional.linear
     entries: list[dict[str, Any]] = []
     wrong: list[str] = []
+
+    def compare(
+        layer: str, x: Any, weights: list[Any], others: list[Any], dense: Any, quantized: Any, usable: list[str]
+    ) -> None:
+        """`dense(rows, *weights)` and the same of `quantized(*weights, precision)`; `others` come with a refresh."""
+        times = {rows: milliseconds(partial(dense, x[:rows], *weights), device) for rows in ROWS}
+        size = sum(weight.nbytes for weight in weights)
+        entries.append({"layer": layer, "precision": "native", "bytes": size, "ms": times})
+        for precision in LARGEST_ERROR:
+            if precision not in usable:
+                continue
+            try:
+                state, product = quantized(*weights, precision)
+                errors = [relative_error(product(x[:rows]), dense(x[:rows], *weights)) for rows in ROWS]
+                times = {rows: milliseconds(partial(product, x[:rows]), device) for rows in ROWS}
+                refresh = milliseconds(partial(state.refresh, *others), device)
+                errors.append(relative_error(product(x), dense(x, *others)))
+            except Exception as error:  # the other kernels' results are worth having
+                wrong.append(f"{precision} {layer}: {error!r}")
+                continue
+            entry = {"layer": layer, "precision": precision, "bytes": state.nbytes, "ms": times}
+            entries.append(entry | {"refresh_ms": refresh, "largest_error": max(errors)})
+            # One may be no number; through an expert's two products errors add up.
+            if not all(error < (2 if len(weights) > 1 else 1) * LARGEST_ERROR[precision] for error in errors):
+                wrong.append(f"{precision} {layer}: errors {errors}")
+            keep(request, {"products": entries, "wrong": wrong})
+
+    def linear(weight: Any, precision: Any) -> Any:
+        state = quantize(weight, precision)
+        return state, lambda x: state.apply(x, None)
+
+    experts, each, hidden, width = EXPERTS[device]
+    ids = torch.rand(max(ROWS), experts, generator=generator, device=device).argsort(dim=1)[:, :each].int()
+    chosen = torch.full(ids.shape, 1 / each, device=device)
+
+    def mixture(up: Any, down: Any, precision: Any) -> Any:
+        state = quantize_experts(up, down, precision)
+        return state, lambda x: state.apply(x, chosen[: len(x)], ids[: len(x)], None)
+
+    def dense_mixture(x: Any, up: Any, down: Any) -> Any:
+        if device == "cuda":
+            return fused_experts(x, up, down, chosen[: len(x)], ids[: len(x)])
+        gates, values = torch.einsum("th,tknh->tkn", x, up[ids[: len(x)].long()]).chunk(2, dim=-1)
+        inner = torch.nn.functional.silu(gates) * values
+        return torch.einsum("tkn,tkhn->th", inner, down[ids[: len(x)].long()]) / each
+
     with torch.inference_mode(), set_current_vllm_config(engine.llm_engine.vllm_config):
         for layer, (outputs, inputs) in linear_layers(config).items():
-            weight, other, x = normal(outputs, inputs), normal(outputs, inputs), normal(max(ROWS), inputs)
-            times = {rows: milliseconds(partial(dense, x[:rows], weight), device) for rows in ROWS}
-            entries.append({"layer": layer, "precision": "native", "bytes": weight.nbytes, "ms": times})
-            for precision in LARGEST_ERROR:
-                if precision not in usable_precisions(device):
-                    continue
-                try:
-                    state = quantize(weight, precision)
-                    errors = [relative_error(state.apply(x[:rows], None), dense(x[:rows], weight)) for rows in ROWS]
-                    times = {rows: milliseconds(partial(state.apply, x[:rows], None), device) for rows in ROWS}
-                    refresh = milliseconds(partial(state.refresh, other), device)
-                    errors.append(relative_error(state.apply(x, None), dense(x, other)))
-                except Exception as error:  # the other kernels' results are worth having
-                    wrong.append(f"{precision} {layer}: {error!r}")
-                    continue
-                entry = {"layer": layer, "precision": precision, "bytes": state.nbytes, "ms": times}
-                entries.append(entry | {"refresh_ms": refresh, "largest_error": max(errors)})
-                if not all(error < LARGEST_ERROR[precision] for error in errors):  # one may be no number
-                    wrong.append(f"{precision} {layer}: errors {errors}")
-                keep(request, {"products": entries, "wrong": wrong})
+            weights = [[normal(outputs, inputs)] for _ in range(2)]
+            x = normal(max(ROWS), inputs)
+            compare(layer, x, *weights, torch.nn.functional.linear, linear, usable_precisions(device))
+        shapes = ((experts, 2 * width, hidden), (experts, hidden, width))
+        weights = [[normal(*shape) * shape[-1] ** -0.5 for shape in shapes] for _ in range(2)]
+        x = normal(max(ROWS), hidden)
+        compare("experts", x, *weights, dense_mixture, mixture, experts_precisions(device))
     engine.llm_engine.engine_core.shutdown()
     return {"products": entries, "wrong": wrong}
 
 
 def linear_layers(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of a layer's matrices as vLLM merges them, and of the LM head."""
+    """Outputs and inputs of a layer's matrices as vLLM merges them, experts aside, and of the LM head."""
     hidden, heads, kv_heads = shape["hidden_size"], shape["num_attention_heads"], shape["num_key_value_heads"]
-    head_dim, inner = hidden // heads, shape["intermediate_size"]
-    return {
+    head_dim, inner = shape.get("head_dim", hidden // heads), shape["intermediate_size"]
+    layers = {
         "qkv": ((heads + 2 * kv_heads) * head_dim, hidden),
         "o": (hidden, heads * head_dim),
         "gate_up": (2 * inner, hidden),
         "down": (hidden, inner),
         "lm_head": (shape["vocab_size"], hidden),
     }
+    return layers if "num_experts" not in shape else {name: layers[name] for name in ("qkv", "o", "lm_head")}
 
 
 def milliseconds(function: Callable[[], object], device: str) -> float:
@@ -715,6 +777,7 @@ def rollout_job(request: dict[str, Any]) -> dict[str, Any]:
     synthetic = request["acceptance"] is not None and options["device"] == "cuda"
     if synthetic:  # vLLM has no synthetic sampler on CPU
         use_synthetic_acceptance(request["acceptance"])
+    shape = SHAPES[request["shape"]]
     lengths = answer_lengths(options["requests"], options["longest"])
     prompt = 16 if options["tiny"] else 256
     engine = build_engine(
@@ -743,7 +806,7 @@ def rollout_job(request: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "synthetic_acceptance": request["acceptance"] if synthetic else None,
         "tokens": sum(lengths),
-        "target_bytes_per_step": parameter_bytes(SHAPES[request["shape"]]),
+        "target_bytes_per_step": None if "num_experts" in shape else parameter_bytes(shape),
         "seconds": [],
     }
     for _ in range(options["rounds"]):

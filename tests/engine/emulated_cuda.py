@@ -82,6 +82,9 @@ class Event:
     def record(self, stream: Stream | None = None) -> None:
         self.recorded = CLOCK.device
 
+    def wait(self, stream: Stream | None = None) -> None:
+        pass
+
     def synchronize(self) -> None:
         CLOCK.wait(self.recorded)
 
@@ -101,6 +104,7 @@ def install() -> None:
     _stand_in_for_extensions()
     _choose_platform()
     _attend()
+    _mix()
     _quantize()
     _start_workers_on_the_cpu()
 
@@ -335,6 +339,104 @@ def _attend() -> None:
     flash_attn.FlashAttentionBackend.supported_dtypes = [torch.float32, torch.bfloat16]
 
 
+def choose_experts(
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    _: torch.Tensor,
+    logits: torch.Tensor,
+    renormalize: bool,
+    *__: Any,
+    **___: Any,
+) -> None:
+    """Stands in for `topk_softmax`: weights and ids [T, k] of the likeliest experts, of logits [T, E]."""
+    best, which = logits.float().softmax(dim=-1).topk(weights.shape[1])
+    weights.copy_(best / best.sum(dim=-1, keepdim=True) if renormalize else best)
+    ids.copy_(which)
+
+
+def align_blocks(
+    ids: torch.Tensor,
+    experts: int,
+    size: int,
+    places: torch.Tensor,
+    block_experts: torch.Tensor,
+    count: torch.Tensor,
+    expert_map: torch.Tensor | None = None,
+    *_: Any,
+) -> None:
+    """Stands in for `moe_align_block_size`: places in `ids` [T, k] sorted by expert, each filled up to whole blocks."""
+    assert expert_map is None
+    places.fill_(ids.numel())
+    block_experts.fill_(0)
+    done = 0
+    for expert in range(experts):
+        chosen = (ids.flatten() == expert).nonzero().flatten()
+        blocks = -(-len(chosen) // size)
+        places[done * size : done * size + len(chosen)] = chosen.to(places.dtype)
+        block_experts[done : done + blocks] = expert
+        done += blocks
+    count.fill_(done * size)
+
+
+def multiply_int4_experts(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    places: torch.Tensor,
+    block_experts: torch.Tensor,
+    count: torch.Tensor,
+    each: int,
+    size: int,
+    *blocks: int,
+) -> None:
+    """Stands in for `moe_wna16_gemm`: rows `places / each` of x [T, K] times their experts' weights.
+
+    Args:
+        out: [T, k, N].
+        packed: uint8 [E, N, K / 2], the lower half of a byte first.
+        scales: [E, N, groups]; a value is (q - 8) * scale.
+        weights: [T, k] by which results are multiplied, or None.
+        blocks: outputs and inputs of a block and bits; the kernel takes one, two, four or eight groups of inputs.
+    """
+    group = 2 * packed.shape[2] // scales.shape[2]
+    assert zeros is None and blocks[1] % group == 0 and blocks[1] // group in (1, 2, 4, 8) and blocks[2] == 4
+    assert x.dtype == out.dtype == scales.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    assert x.shape[1] % blocks[1] == 0
+    results = out.view(-1, packed.shape[1])
+    for block in range(int(count) // size):
+        expert = block_experts[block]
+        halves = torch.stack((packed[expert] & 15, packed[expert] >> 4), dim=-1).flatten(1).float() - 8
+        weight = halves * scales[expert].float().repeat_interleave(group, dim=1)
+        for place in places[block * size : block * size + size].tolist():
+            if place < results.shape[0]:
+                factor = 1.0 if weights is None else weights.flatten()[place]
+                results[place] = (weight @ x[place // each].float() * factor).to(out.dtype)
+
+
+def _mix() -> None:
+    """The experts of a mixture: what surrounds vLLM's Triton kernels for them, and the one in CUDA for four bits."""
+    from vllm import _custom_ops as ops
+    from vllm.model_executor.layers.fused_moe import utils
+
+    def scaled(x: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
+        return (*quantize_per_channel(x, torch.int8), None)
+
+    def scaled_fp8(x: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, ...]:
+        return quantize_per_channel(x, torch.float8_e4m3fn)
+
+    from vllm_selfspec.drafter.quantize_cuda import quantize_per_channel
+
+    ops.topk_softmax = choose_experts
+    ops.moe_align_block_size = align_blocks
+    ops.moe_wna16_gemm = multiply_int4_experts
+    ops.moe_sum = lambda x, out, *_: out.copy_(x.sum(dim=1))
+    ops.scaled_int8_quant, ops.scaled_fp8_quant = scaled, scaled_fp8
+    utils.per_token_quant_int8 = lambda x: scaled(x)[:2]  # a Triton kernel with a function of the device's library
+
+
 def _quantize() -> None:
     """The drafter's products for CUDA, with stand-ins for vLLM's kernels."""
     import plain_kernels
@@ -347,7 +449,9 @@ def _quantize() -> None:
     # They ask where a tensor is, which says nothing here.
     quantize.default_precision = lambda device_type: quantize_cuda.default_cuda_precision()
     quantize.usable_precisions = lambda device_type: quantize_cuda.usable_cuda_precisions()
+    quantize.experts_precisions = lambda device_type: quantize_cuda.usable_experts_precisions()
     quantize.quantize = lambda weight, precision, light=None: quantize_cuda.CudaLinear(weight, precision)
+    quantize.quantize_experts = lambda up, down, precision, light=None: quantize_cuda.CudaExperts(up, down, precision)
 
 
 def _start_workers_on_the_cpu() -> None:

@@ -56,6 +56,19 @@ def install() -> None:
     InterpreterBuilder.create_masked_load = masked_load
     InterpreterBuilder.create_masked_store = masked_store
 
+    # Products of bfloat16, which the interpreter keeps as the 16 bits that it is and would multiply as whole numbers.
+    dot = InterpreterBuilder.create_dot
+
+    def wide(values: TensorHandle) -> TensorHandle:
+        if values.dtype.scalar != tl.bfloat16:
+            return values
+        return TensorHandle((values.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def bfloat16_dot(self: Any, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+        return dot(self, wide(a), wide(b), *rest)
+
+    InterpreterBuilder.create_dot = bfloat16_dot
+
     # Of the device's library, which is not there, the sampler uses one function.
     def log1p(x: tensor) -> tensor:
         with np.errstate(divide="ignore", invalid="ignore"):

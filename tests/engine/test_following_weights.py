@@ -145,14 +145,15 @@ def test_experts_follow_a_reload(tmp_path: Path) -> None:
 
     llm = engine(after)
     fresh, fresh_drafts, answer = weights_of(llm), drafts_of(llm), accepted_and_text(llm)
-    assert len(fresh_drafts) == (0 if older_than("0.32") else 4)
+    # Before, vLLM chooses experts on CPU inside of their kernel.
+    assert len(fresh_drafts) == (0 if current_platform.is_cpu() and older_than("0.32") else 4)
     del llm  # else it takes the groups of processes along when it goes
     gc.collect()
     llm = engine(before)
     assert not any(map(torch.equal, weights_of(llm), fresh)) and not any(map(torch.equal, drafts_of(llm), fresh_drafts))
     llm.collective_rpc("reload_weights", kwargs={"weights_path": str(after)})
-    assert all(map(torch.equal, weights_of(llm), fresh)) and all(map(torch.equal, drafts_of(llm), fresh_drafts))
     assert accepted_and_text(llm) == answer
+    assert all(map(torch.equal, weights_of(llm), fresh)) and all(map(torch.equal, drafts_of(llm), fresh_drafts))
 
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="layers outside an engine, on CPU alone")
