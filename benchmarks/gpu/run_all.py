@@ -235,11 +235,12 @@ def write_metadata(folder: Path) -> Path:
 
 
 def parameter_bytes(shape: dict[str, Any], bytes_per_weight: float = 2) -> float:
-    """Bytes that one forward pass of a dense model reads of the linear layers and the LM head."""
+    """Bytes of the linear layers and the LM head, all experts of a mixture among them: a dense model reads them all."""
     hidden, heads, kv_heads = shape["hidden_size"], shape["num_attention_heads"], shape["num_key_value_heads"]
-    head_dim = hidden // heads
-    attention = hidden * head_dim * (2 * heads + 2 * kv_heads)
-    layer = attention + 3 * hidden * shape["intermediate_size"]
+    attention = hidden * shape.get("head_dim", hidden // heads) * (2 * heads + 2 * kv_heads)
+    experts, inner = shape.get("num_experts", 1), shape.get("moe_intermediate_size", shape["intermediate_size"])
+    router = hidden * experts if experts > 1 else 0
+    layer = attention + router + 3 * experts * hidden * inner
     return bytes_per_weight * (shape["num_hidden_layers"] * layer + hidden * shape["vocab_size"])
 
 
