@@ -122,7 +122,8 @@ def test_a_tower_is_neither_quantized_nor_watched(seeing: Callable[[str], str]) 
     with engine(seeing("llava"), FIXED | {"drafter": {"weights": "int8"}}, **WITH_IMAGES) as llm:
         model, tap = runner_of(llm).model, drafter_of(llm)._tap
         tower = [module for module in model.vision_tower.modules() if view.is_quantizable(module)]
-        plan = view.quantization_plan(range(4), "int8", "int8", "cpu")  # the tap's has forgotten them by now
+        config = llm.llm_engine.vllm_config
+        plan = view.quantization_plan(config, range(4), "int8", "int8", None)  # the tap's has forgotten them by now
         assert len(tower) > 4 and {plan(module) for module in tower} == {"native"}
         assert plan(model.language_model.model.layers[3].mlp.down_proj) == "int8"
         own = {id(parameter) for parameter in model.language_model.parameters()}

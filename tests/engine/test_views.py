@@ -157,7 +157,7 @@ def test_what_the_view_does_not_use_is_forgotten(tiny: Callable[..., str]) -> No
         }
         assert set(tap._states.values()) == drafting and len(kept) == 8
         tower = nn.Linear(64, 64, bias=False)
-        tap.capture(tower, tower.weight, None)
+        tap.capture(tower, tower.weight)
         assert set(tap._states) == kept
         llm.collective_rpc("reload_weights")
         assert set(tap._states) == kept

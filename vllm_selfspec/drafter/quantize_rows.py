@@ -173,9 +173,8 @@ class RowsExperts(QuantizedExperts):
     ) -> torch.Tensor:
         assert expert_map is None
         product, gate_up, down = self._gate_up.operator, list(self._gate_up.tensors), list(self._down.tensors)
-        return torch.ops.selfspec_cpu.experts(
-            x, weights.float(), ids.int(), product, gate_up, down, self._count, self._width
-        )
+        weights, ids = weights.float().contiguous(), ids.int().contiguous()
+        return torch.ops.selfspec_cpu.experts(x, weights, ids, product, gate_up, down, self._count, self._width)
 
     @property
     def nbytes(self) -> int:

@@ -113,7 +113,7 @@ class WeightTap:
         if layer not in self._states:
             raise ConfigError(
                 f"drafter: the full weight of {getattr(layer, 'prefix', type(layer).__name__)} is not available to "
-                "quantize: set drafter.weights and drafter.lm_head to 'native'."
+                "quantize: set drafter.weights, drafter.lm_head and drafter.experts to 'native'."
             )
         return self._states[layer]
 
