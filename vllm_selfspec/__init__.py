@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm_selfspec.config import SelfSpecConfig
 
-__version__ = "0.15.0"
+__version__ = "0.16.0"
 __all__ = ["SelfSpecConfig", "__version__"]
 
 

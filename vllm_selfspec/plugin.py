@@ -21,8 +21,11 @@ from vllm_selfspec.config import ENV_VAR, ConfigError, SelfSpecConfig
 
 logger = logging.getLogger("vllm.selfspec")
 
-SUPPORTED_VLLM = ("0.29", "0.30", "0.31", "0.32", "0.33")
+SUPPORTED_VLLM = ("0.24", "0.25", "0.26", "0.27", "0.28", "0.29", "0.30", "0.31", "0.32", "0.33")
 """Minor versions of vLLM that the engine tests have run on; any other refuses the flag and is else left untouched."""
+
+FIRST_WHOLE_VLLM = "0.29"
+"""From this minor version on selfspec has CPUs, model runner V2 and rollout pools; before it only runner V1 on CUDA."""
 
 INSTALL_VLLM = f"vllm {SUPPORTED_VLLM[0]} to {SUPPORTED_VLLM[-1]}"
 
@@ -144,12 +147,14 @@ EVERYWHERE = (
         "draft lengths vary under data parallelism too, where each rank is an engine of its own",
         ("self",),
         "vllm_selfspec.speculative_config:keep_draft_lengths",
+        since="0.26",
     ),
     Seam(
         "vllm.config.vllm:VllmConfig._get_v2_model_runner_unsupported_features",
         "runner V2 drafts for selfspec where vLLM itself has no draft model for it",
         ("self",),
         "vllm_selfspec.drafter.runner:unsupported_on_v2",
+        since=FIRST_WHOLE_VLLM,
         before="0.31",
     ),
 )
@@ -173,6 +178,13 @@ IN_WORKERS = (
         "the drafter drafts with the view that the scheduler has chosen",
         ("self", "scheduler_output"),
         "vllm_selfspec.drafter.proposer:propose_draft_token_ids",
+    ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._check_and_update_cudagraph_mode",
+        "the drafter has CUDA graphs, which vLLM gives to draft models since 0.26",
+        ("self",),
+        "vllm_selfspec.drafter.proposer:check_and_update_cudagraph_mode",
+        before="0.26",
     ),
     Seam(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_spec_decode_draft_probs",
@@ -220,10 +232,11 @@ IN_WORKERS = (
             "the view has no weights of its own to update: loading into it would take the target's apart",
             ("self",),
             f"vllm_selfspec.drafter.refresh:{wrapper}",
+            since=since,
         )
-        for method, wrapper in (
-            ("supports_draft_weight_updates", "supports_draft_weight_updates"),
-            ("_set_draft_weight_update_target", "refuse_draft_weights"),
+        for method, wrapper, since in (
+            ("supports_draft_weight_updates", "supports_draft_weight_updates", "0.28"),
+            ("_set_draft_weight_update_target", "refuse_draft_weights", "0.26"),
         )
     ),
     Seam(
@@ -373,9 +386,14 @@ WORKER_METHODS = {
 """Methods added to vLLM's worker, for `collective_rpc`."""
 
 
-def supports(version: str) -> bool:
-    """Whether the engine tests have run on this version of vLLM."""
-    return ".".join(version.split(".")[:2]) in SUPPORTED_VLLM
+def supports(version: str, cpu: bool = False) -> bool:
+    """Whether the engine tests have run on this version of vLLM.
+
+    Args:
+        cpu: a build for CPUs.
+    """
+    minor = ".".join(version.split(".")[:2])
+    return minor in SUPPORTED_VLLM[SUPPORTED_VLLM.index(FIRST_WHOLE_VLLM) if cpu else 0 :]
 
 
 def older_than(version: str) -> bool:

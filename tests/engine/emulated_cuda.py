@@ -208,6 +208,10 @@ def _choose_platform() -> None:
             return MEMORY
 
         @classmethod
+        def mem_get_info(cls, device: Any) -> tuple[int, int]:  # asked before vLLM 0.29
+            return MEMORY, MEMORY
+
+        @classmethod
         def is_pin_memory_available(cls) -> bool:
             return False
 
@@ -455,6 +459,7 @@ def _quantize() -> None:
 
 
 def _start_workers_on_the_cpu() -> None:
+    from vllm.distributed import parallel_state
     from vllm.utils.mem_utils import MemorySnapshot
     from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.worker import gpu_worker, workspace
@@ -462,6 +467,9 @@ def _start_workers_on_the_cpu() -> None:
 
     def init_device(self: Any) -> None:
         self.device = torch.device("cpu")
+        # Before vLLM 0.29 a dense model makes no group for experts, and another engine in its process none either.
+        if parallel_state.model_parallel_is_initialized() and parallel_state._EP is None:
+            parallel_state.destroy_model_parallel()
         gpu_worker.init_worker_distributed_environment(
             self.vllm_config, self.rank, self.distributed_init_method, self.local_rank, "gloo"
         )
@@ -480,5 +488,8 @@ def _start_workers_on_the_cpu() -> None:
     if not hasattr(buffer_utils, "NonUvaBuffer"):  # before vLLM 0.30 there was no other buffer than shared memory
         buffer_utils.UvaBuffer = SharedBuffer
     gpu_worker.Worker.init_device = init_device
+    # No memory is given back: as on a GPU between two tags of a wake-up, what is written there is there.
+    gpu_worker.Worker.sleep = lambda self, level=1: None
+    gpu_worker.Worker.wake_up = lambda self, tags=None: None
     gpu_worker.kernel_warmup = lambda *_, **__: None
     topk_topp_sampler.HAS_TRITON = False  # the interpreter cannot run that kernel

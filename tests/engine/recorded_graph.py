@@ -114,7 +114,7 @@ def record(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(GridExecutor, "__call__", launch)
     patch.setattr(cudagraph_utils, "graph_capture", lambda device: nullcontext())
     if older_than("0.32"):
-        patch.setattr(cudagraph_utils, "set_graph_pool_id", lambda pool: None)
+        patch.setattr(cudagraph_utils, "set_graph_pool_id", lambda pool: None, raising=False)
         patch.setattr(type(current_platform), "graph_pool_handle", lambda *_: None, raising=False)
     else:
         patch.setattr(cudagraph_utils, "capture_pool", lambda pool, config: nullcontext())

@@ -122,8 +122,11 @@ def test_min_tokens_waits_for_tokens_that_are_known() -> None:
     """Under asynchronous scheduling drafts stand as placeholders in the output until they are verified."""
     update = functools.partial(min_tokens.update_state, MinTokensLogitsProcessor.update_state)
     processor = MinTokensLogitsProcessor(None, torch.device("cpu"), False)  # type: ignore[arg-type]
-    output = [5, 6, -1, -1, -1]
-    processor.min_toks = {0: (4, output, {1}, False)}
+    output = [5, 6]
+    entry = processor.add_request(SamplingParams(min_tokens=4, stop_token_ids=[1]), None, output)
+    assert entry is not None
+    processor.min_toks = {0: entry}
+    output += [-1, -1, -1]
     update(processor, None)
     assert processor.min_toks[0][1] is output
     output[2:] = [7]  # both drafts were rejected

@@ -25,7 +25,6 @@ from recorded_graph import RecordedGraph, graphs_on_cuda
 
 from vllm_selfspec.drafter import verify_graphs
 from vllm_selfspec.drafter.runner import every_draft_length
-from vllm_selfspec.drafter.speculator import SelfDraftSpeculator
 from vllm_selfspec.plugin import register
 
 SERVING: dict[str, Any] = {
@@ -92,7 +91,7 @@ def test_every_draft_of_the_target_itself_is_accepted(temperature: float, model:
 @pytest.mark.skipif(not interpreted_triton.on_runner_v2(), reason="on V1 attention is in no graph")
 def test_a_plan_that_is_not_renewed_is_seen(model: str, expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without FlashAttention's plan for each draft's context the drafts are wrong, and the text is right."""
-    monkeypatch.setattr(SelfDraftSpeculator, "_update_metadata", lambda *_: None)
+    monkeypatch.setattr("vllm_selfspec.drafter.speculator.SelfDraftSpeculator._update_metadata", lambda *_: None)
     settings = {"num_speculative_tokens": 6, "drafter": NATIVE, "control": {"mode": "fixed"}}
     with engine(model, settings, **SERVING) as llm:
         seen = watch(llm)

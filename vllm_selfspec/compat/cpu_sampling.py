@@ -21,7 +21,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor import LogitsProcessor
@@ -339,7 +338,7 @@ def sample(
         [B] int64 tokens; and None.
     """
     of_selfspec = hasattr(self, "selfspec_scratch")  # another engine in this process samples as vLLM does
-    if not of_selfspec or self.logprobs_mode in PROCESSED_LOGPROBS_MODES:
+    if not of_selfspec or self.logprobs_mode.startswith("processed"):
         return original(self, logits, generators, k, p)
     probs = apply_top_k_top_p(logits, k, p).softmax(dim=-1, dtype=torch.float32)
     return inverse_cdf(probs, uniforms(probs.shape[0], generators)), None

@@ -20,6 +20,8 @@ import torch
 
 PLACEHOLDER = -1
 """Where asynchronous scheduling does not know yet which token was sampled, or whether one was."""
+MASKS = ("logits_slice", "restore_logits_slice")
+"""A processor's attributes that hold the (row, token) pairs to mask; the second is there since vLLM 0.29."""
 
 
 def broken() -> bool:
@@ -28,15 +30,21 @@ def broken() -> bool:
 
 
 def _counts_placeholders() -> bool:
+    from vllm import SamplingParams
     from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 
+    output = [7]
     processor = MinTokensLogitsProcessor(None, torch.device("cpu"), False)
-    processor.min_toks = {0: (3, [7, PLACEHOLDER, PLACEHOLDER], {1}, False)}
+    entry = processor.add_request(SamplingParams(min_tokens=3, stop_token_ids=[1]), None, output)
+    assert entry is not None
+    output.extend([PLACEHOLDER, PLACEHOLDER])
+    processor.min_toks = {0: entry}
     processor.update_state(None)
     return not processor.min_toks
 
 
 def _miscounts_bonus_tokens() -> bool:
+    from vllm import SamplingParams
     from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
     from vllm.v1.sample.logits_processor.state import LogitsProcessors
     from vllm.v1.sample.metadata import SamplingMetadata
@@ -44,7 +52,9 @@ def _miscounts_bonus_tokens() -> bool:
 
     stop, none = 1, torch.empty(0)
     processor = MinTokensLogitsProcessor(None, torch.device("cpu"), False)
-    processor.min_toks = {0: (3, [7], {stop}, False)}
+    entry = processor.add_request(SamplingParams(min_tokens=3, stop_token_ids=[stop]), None, [7])
+    assert entry is not None
+    processor.min_toks = {0: entry}
     processor.logits_slice = (torch.tensor([0]), torch.tensor([stop]))
     metadata = SamplingMetadata(
         temperature=None,
@@ -78,7 +88,7 @@ def apply_logits_processors(
 ) -> torch.Tensor:
     """vLLM's sampler method, with the mask of `min_tokens` as it stands before the token that is sampled."""
     drafts = sampling_metadata.spec_token_ids if predict_bonus_token else None
-    masks = []
+    masks: list[tuple[Any, str, tuple[torch.Tensor, torch.Tensor]]] = []
     for processor in _processors(sampling_metadata.logitsprocs):
         reached = [
             row
@@ -86,14 +96,15 @@ def apply_logits_processors(
             if len(output) + (len(drafts[row]) if drafts else 0) >= min_tokens
         ]
         if reached:  # seldom; on a GPU the host waits for the masks' sizes
-            masks.append((processor, processor.logits_slice, processor.restore_logits_slice))
-            processor.logits_slice = _without(processor.logits_slice, reached)
-            processor.restore_logits_slice = _without(processor.restore_logits_slice, reached)
+            for name in MASKS:
+                if hasattr(processor, name):
+                    masks.append((processor, name, getattr(processor, name)))
+                    setattr(processor, name, _without(getattr(processor, name), reached))
     try:
         return original(self, logits, sampling_metadata, predict_bonus_token)
     finally:
-        for processor, mask, restored in masks:
-            processor.logits_slice, processor.restore_logits_slice = mask, restored
+        for processor, name, mask in masks:
+            setattr(processor, name, mask)
 
 
 def _without(mask: tuple[torch.Tensor, torch.Tensor], rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

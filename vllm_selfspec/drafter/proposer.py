@@ -57,6 +57,13 @@ def propose_draft_token_ids(original: Callable[..., Any], self: Any, scheduler_o
     return original(self, scheduler_output, *args)
 
 
+def check_and_update_cudagraph_mode(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    """`GPUModelRunner._check_and_update_cudagraph_mode`, after which the drafter knows its graphs, too."""
+    original(self, *args, **kwargs)
+    if isinstance(getattr(self, "drafter", None), SelfDraftProposer):
+        self.drafter.initialize_cudagraph_keys(self.cudagraph_dispatcher.cudagraph_mode)
+
+
 def selfspec_light_view(self: Any) -> bool:
     """Worker method, for `collective_rpc("selfspec_light_view")`: the drafter has a light view to choose."""
     drafter = getattr(self.model_runner, "drafter", None)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm_selfspec.config import ConfigError
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -16,19 +18,32 @@ def choose_runner(lora: bool) -> None:
     """Use a runner on which selfspec drafts, unless the user has chosen one; called before vLLM builds its config.
 
     On CUDA that is vLLM's own choice, V2 for all that it supports: with V2 a whole draft step is one CUDA graph, and so
-    is the verification of every draft length. V1 has graphs of pieces only, but drafts with adapters. On CPU vLLM would
-    take V2 where a Triton that compiles for CPU is installed, and the faster sampling (`compat/cpu_sampling.py`) is
-    V1's. V1 is chosen through vLLM's environment variable, which worker processes inherit, so it also holds for engines
-    that this process builds later.
+    is the verification of every draft length. V1 has graphs of pieces only, but drafts with adapters. (Before vLLM 0.29
+    V1 is its choice for all draft models.) On CPU vLLM would take V2 where a Triton that compiles for CPU is installed,
+    and the faster sampling (`compat/cpu_sampling.py`) is V1's. V1 is chosen through vLLM's environment variable, which
+    worker processes inherit, so it also holds for engines that this process builds later.
 
     Args:
         lora: the engine serves adapters.
+
+    Raises:
+        ConfigError: selfspec does not run on this platform, or on the runner that the user has chosen, in this vLLM.
     """
     from vllm import envs
     from vllm.logger import init_logger
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
 
+    from vllm_selfspec.plugin import FIRST_WHOLE_VLLM, older_than
+
+    if older_than(FIRST_WHOLE_VLLM):
+        if current_platform.is_cpu():
+            raise ConfigError(f"method selfspec runs on CPU from vLLM {FIRST_WHOLE_VLLM} on: install a newer one.")
+        if envs.VLLM_USE_V2_MODEL_RUNNER:
+            raise ConfigError(
+                f"method selfspec runs on model runner V2 from vLLM {FIRST_WHOLE_VLLM} on: remove {RUNNER_VARIABLE}, "
+                "or install a newer one."
+            )
     cuda = current_platform.is_cuda()
     if envs.VLLM_USE_V2_MODEL_RUNNER is not None or not (current_platform.is_cpu() or (cuda and lora)):
         return

@@ -37,6 +37,10 @@ def register_weight_transfer() -> None:
     It must run in every process that builds a vLLM worker, so a general plugin calls it. The engine classes themselves
     are imported by vLLM when a configuration first names the backend.
     """
+    from vllm_selfspec.plugin import FIRST_WHOLE_VLLM, older_than
+
+    if older_than(FIRST_WHOLE_VLLM):  # has another protocol
+        return
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
     module = "vllm_selfspec.rollout.transfer"

@@ -292,6 +292,10 @@ class RolloutWorker(Worker):
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from vllm_selfspec.plugin import FIRST_WHOLE_VLLM, older_than
+
+        if older_than(FIRST_WHOLE_VLLM):
+            raise InvalidRequestError(f"rollout pools need vLLM {FIRST_WHOLE_VLLM} or newer: install one")
         arguments = {"disable_log_stats": True, **self._engine_args}
         arguments.setdefault("weight_transfer_config", WeightTransferConfig(backend=BACKEND))
         try:
