@@ -101,7 +101,7 @@ V2_TESTS := $(addprefix tests/engine/test_,distribution.py::test_distribution_on
 	distribution.py::test_distribution_under_a_grammar families.py following_weights.py kv_slots.py recorded_graphs.py \
 	compiled_graphs.py step_times.py bench.py cuda_experts.py images.py::test_a_whole_view_is_never_rejected)
 V1_CUDA_TESTS := $(addprefix tests/engine/test_,distribution.py::test_distribution_on_runners_for_gpus \
-	following_weights.py kv_slots.py compiled_graphs.py step_times.py) \
+	following_weights.py kv_slots.py compiled_graphs.py step_times.py framework_updates.py) \
 	$(patsubst %,'tests/engine/test_families.py::test_family_equals_plain_decoding[%]',int8-qwen2 int8-gemma2 exit-llama)
 STRESS_TEST := 'tests/engine/test_lossless_stress.py::test_equals_plain_decoding[native-False]'
 
@@ -126,7 +126,8 @@ newest-vllm-test: $(NEWEST)
 	$(ENGINE_TESTS) $(addprefix tests/engine/test_,$(addsuffix .py,distribution families following_weights \
 		views images framework_updates kv_slots served weight_transfer cuda_fakes live_profile compat))
 	echo "test 4/5: engine tests on vLLM $(VLLM_VERSION), CUDA's platform played by the CPU, model runner V2"
-	SELFSPEC_EMULATED_CUDA=1 VLLM_USE_V2_MODEL_RUNNER=1 $(ENGINE_TESTS) $(V2_TESTS) $(STRESS_TEST)
+	SELFSPEC_EMULATED_CUDA=1 VLLM_USE_V2_MODEL_RUNNER=1 $(ENGINE_TESTS) $(V2_TESTS) $(STRESS_TEST) \
+		tests/engine/test_framework_updates.py
 	echo "test 4/5: engine tests on vLLM $(VLLM_VERSION), CUDA's platform played by the CPU, model runner V1"
 	SELFSPEC_EMULATED_CUDA=1 VLLM_USE_V2_MODEL_RUNNER=0 $(ENGINE_TESTS) $(V1_CUDA_TESTS) $(STRESS_TEST)
 
@@ -148,7 +149,7 @@ oldest-vllm-test: $(OLDEST) $(OLDEST_CUDA)
 	export PYTHONPATH=$(CURDIR)/$(OLDEST_CUDA)
 	echo "test 5/5: engine tests on vLLM $(OLDEST_CUDA_VLLM_VERSION), CUDA's platform played by the CPU, model runner V1"
 	SELFSPEC_EMULATED_CUDA=1 VLLM_USE_V2_MODEL_RUNNER=0 $(ENGINE_TESTS) $(V1_CUDA_TESTS) $(STRESS_TEST) \
-		$(addprefix tests/engine/test_,cuda_experts.py framework_updates.py compat.py::test_min_tokens_waits_for_tokens_that_are_known \
+		$(addprefix tests/engine/test_,cuda_experts.py compat.py::test_min_tokens_waits_for_tokens_that_are_known \
 		families.py::test_a_vllm_before_the_first_whole_one_wants_a_gpu_and_runner_v1)
 
 clean:
