@@ -33,6 +33,7 @@ from vllm_selfspec.drafter.quantize import choose_precision
 from vllm_selfspec.drafter.refresh import WeightTap
 from vllm_selfspec.drafter.sampling import Scratch, sample_drafts
 from vllm_selfspec.drafter.view import build_view, quantization_plan
+from vllm_selfspec.plugin import FIRST_WHOLE_VLLM
 from vllm_selfspec.speculative_config import SelfSpecSpeculativeConfig, draft_together
 
 logger = init_logger("vllm.selfspec")
@@ -129,13 +130,14 @@ class SelfDraftProposer(DraftModelProposer):
         if draft_together(vllm_config.model_config, vllm_config.parallel_config):
             raise ConfigError(
                 "data_parallel_size > 1 with a mixture of experts needs drafts on all ranks at once, and model runner "
-                "V1 does not make them: start one engine per rank, or on a GPU set VLLM_USE_V2_MODEL_RUNNER=1."
+                "V1 does not make them: start one engine per rank, or on a GPU set VLLM_USE_V2_MODEL_RUNNER=1, which "
+                f"takes vLLM {FIRST_WHOLE_VLLM} or newer."
             )
         if getattr(vllm_config.model_config, "enable_return_routed_experts", False):  # before vLLM 0.32
             raise ConfigError(
                 "enable_return_routed_experts does not work with method selfspec on model runner V1, where drafts "
-                "would overwrite the experts that are returned: remove one of the two, or, on a GPU, enable_lora, "
-                "which keeps model runner V2 away."
+                "would overwrite the experts that are returned: remove one of the two, or, on a GPU with vLLM 0.32 or "
+                "newer, what keeps model runner V2 away, as enable_lora does."
             )
         self._runner = runner
         self.supports_mm_inputs = False
