@@ -226,12 +226,3 @@ def test_the_transformers_backend_of_an_old_vllm_is_refused(tiny: Callable[..., 
     refused = pytest.raises(ConfigError, match="attention is outside of its layers")
     with refused, engine(tiny("smollm3"), {"drafter": VIEWS["exit"]}, **ENGINE):
         pass
-
-
-@pytest.mark.skipif(not older_than("0.32"), reason="vLLM itself refuses it on runner V1 since")
-def test_experts_for_router_replay_are_not_overwritten(tiny: Callable[..., str]) -> None:
-    """They are read where the router left them, after the drafts have run through it, too."""
-    settings = {"drafter": VIEWS["exit"], "control": {"mode": "fixed"}}
-    refused = pytest.raises(ConfigError, match="enable_return_routed_experts")
-    with refused, engine(tiny("qwen3_moe"), settings, **ENGINE, enable_return_routed_experts=True):
-        pass

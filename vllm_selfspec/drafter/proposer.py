@@ -133,12 +133,6 @@ class SelfDraftProposer(DraftModelProposer):
                 "V1 does not make them: start one engine per rank, or on a GPU set VLLM_USE_V2_MODEL_RUNNER=1, which "
                 f"takes vLLM {FIRST_WHOLE_VLLM} or newer."
             )
-        if getattr(vllm_config.model_config, "enable_return_routed_experts", False):  # before vLLM 0.32
-            raise ConfigError(
-                "enable_return_routed_experts does not work with method selfspec on model runner V1, where drafts "
-                "would overwrite the experts that are returned: remove one of the two, or, on a GPU with vLLM 0.32 or "
-                "newer, what keeps model runner V2 away, as enable_lora does."
-            )
         self._runner = runner
         self.supports_mm_inputs = False
         self._adds_offsets: bool = vllm_config.model_config.uses_mrope
@@ -269,6 +263,17 @@ class SelfDraftProposer(DraftModelProposer):
         offsets = [self._runner.requests[name].mrope_position_delta for name in names]
         return torch.tensor(offsets).to(self.device, non_blocking=True)
 
+    def _returned_experts(self, num_rows: int) -> torch.Tensor | None:
+        """[num_rows, layers, experts per token] that the target's routers chose in this step, where vLLM returns them.
+
+        They lie there until the step is over, and drafts run through the same routers. (On this runner before vLLM 0.32
+        alone.)
+        """
+        if not getattr(self._runner, "routed_experts_initialized", False):
+            return None
+        buffer: torch.Tensor = self._runner.routed_experts_capturer.get_device_buffer()
+        return buffer[:num_rows]
+
     @torch.inference_mode()
     def propose(
         self,
@@ -337,6 +342,8 @@ class SelfDraftProposer(DraftModelProposer):
         # Rows that do not sample leave their generators alone: how a prompt is chunked must not change a seeded text.
         idle = self._runner.discard_request_mask.np
         generators = {row: generator for row, generator in sampling_metadata.generators.items() if not idle[row]}
+        returned = self._returned_experts(num_rows)
+        of_the_target = None if returned is None else returned.clone()
         tokens = next_token_ids
         probs: torch.Tensor | None = None
         with ExitStack() as context:
@@ -357,6 +364,8 @@ class SelfDraftProposer(DraftModelProposer):
                     probs = self._scratch.take((batch_size, gamma, logits.shape[1]), torch.float32, logits.device)
                 q = None if probs is None else probs[:, step]
                 tokens = drafts[:, step] = sample_drafts(logits, sampling_metadata, generators, q)
+        if returned is not None:
+            returned.copy_(of_the_target)
         self._last_draft_probs = probs
         return drafts
 
