@@ -73,23 +73,22 @@ def test_experts_are_the_dense_ones_within_quantization_error(precision: Any, dt
     assert numbers * bits / 8 < experts.nbytes < numbers * bits / 8 * 1.2
 
 
-@pytest.mark.skipif(not older_than("0.32"), reason="vLLM itself refuses it on runner V1 since")
-@pytest.mark.skipif(interpreted_triton.on_runner_v2(), reason="vLLM has it on runner V1 alone")
+@pytest.mark.skipif(interpreted_triton.on_runner_v2() == older_than("0.32"), reason="vLLM has it on the other runner")
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_experts_for_router_replay_are_the_targets(asynchronous: bool, tiny: Callable[..., str]) -> None:
     """They are read where the routers left them, after the drafts have run through these, too."""
 
     def experts(settings: dict[str, Any] | None) -> list[np.ndarray]:
         arguments = {"enable_return_routed_experts": True, "async_scheduling": asynchronous}
-        with engine(tiny("qwen3_moe"), settings, **arguments) as llm:
+        with engine(tiny("qwen3_moe"), settings, enable_prefix_caching=True, **arguments) as llm:
             prompts = [TokensPrompt(prompt_token_ids=random_prompt(length, length)) for length in (5, 40)]
-            outputs = llm.generate(prompts, greedy(30, ignore_eos=True))
+            outputs = llm.generate(prompts, greedy(14, ignore_eos=True))
             return [output.outputs[0].routed_experts for output in outputs]
 
     drafter = {"weights": "native", "lm_head": "native", "exit_layer": 2}
     drafting = experts({"num_speculative_tokens": 4, "drafter": drafter, "control": {"mode": "fixed"}})
     for ours, plain in zip(drafting, experts(None), strict=True):
-        assert len(plain) > 30 and plain.any()
+        assert len(plain) > 14 and plain.any()
         np.testing.assert_array_equal(ours, plain)
 
 
