@@ -313,6 +313,13 @@ MENDS = (
         )
         for method in ("_sample", "_bookkeeping_sync")
     ),
+    Seam(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._preprocess",
+        "the target is given no placeholder for a token",
+        ("self", "scheduler_output", "num_input_tokens"),
+        "vllm_selfspec.compat.draft_placeholders:preprocess",
+        before="0.25",
+    ),
 )
 """Upstream faults, in workers: applied where the fault is found."""
 
@@ -457,6 +464,8 @@ class _OwnScheduler(str):
 
     one_kv_group = False
     """Whether `disable_hybrid_kv_cache_manager` was set along with it."""
+    asynchronous = False
+    """Whether `async_scheduling` was."""
 
 
 def create_speculative_config(
@@ -466,6 +475,8 @@ def create_speculative_config(
     if isinstance(self.scheduler_cls, _OwnScheduler):  # the same arguments may make one config after another
         if self.scheduler_cls.one_kv_group and self.disable_hybrid_kv_cache_manager:
             self.disable_hybrid_kv_cache_manager = None
+        if self.scheduler_cls.asynchronous and self.async_scheduling:
+            self.async_scheduling = None
         self.scheduler_cls = None
     settings = requested_settings(self)
     if settings is not None and left_to_the_environment(self) and target_model_config.runner_type != "generate":
@@ -473,7 +484,7 @@ def create_speculative_config(
         logger.warning("%s does not apply to this engine, which writes no text.", ENV_VAR)
     if settings is None:
         return original(self, target_model_config, target_parallel_config)
-    from vllm_selfspec.speculative_config import attention_kinds, build
+    from vllm_selfspec.speculative_config import attention_kinds, build, schedules_asynchronously
 
     if self.scheduler_cls is not None:
         raise ConfigError(
@@ -484,6 +495,8 @@ def create_speculative_config(
     if self.disable_hybrid_kv_cache_manager is None and attention_kinds(target_model_config) > 1:
         self.disable_hybrid_kv_cache_manager = scheduler.one_kv_group = True
         logger.info("selfspec sets disable_hybrid_kv_cache_manager: the KV cache of layers with windows is kept whole.")
+    if self.async_scheduling is None and older_than("0.28") and schedules_asynchronously(target_parallel_config):
+        self.async_scheduling = scheduler.asynchronous = True
     return speculative_config
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from vllm import envs
@@ -152,6 +153,14 @@ def draft_together(model: ModelConfig, parallel: ParallelConfig) -> bool:
 def one_scheduler_per_rank(parallel: ParallelConfig) -> bool:
     """Whether each rank schedules for itself, so that all must decide alike from what all of them see."""
     return parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1
+
+
+def schedules_asynchronously(parallel: ParallelConfig) -> bool:
+    """Whether the engine can do so. Before vLLM 0.28 one with a draft model does not unless it is told to."""
+    from vllm.v1.executor import Executor
+
+    executor: Any = Executor.get_class(SimpleNamespace(parallel_config=parallel))
+    return bool(executor.supports_async_scheduling())
 
 
 def attention_kinds(model: ModelConfig) -> int:

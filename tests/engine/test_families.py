@@ -11,6 +11,7 @@ import torch
 from engines import Job, drafter_of, drive, engine, greedy, random_lengths, random_prompt, scheduler_of, texts, watch
 from tiny_models import FAMILIES, IN_TRANSFORMERS
 from vllm import envs
+from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from vllm_selfspec.config import ConfigError
@@ -201,6 +202,18 @@ def test_a_request_near_the_models_last_position_drafts_no_more_than_it_can_use(
     """As with the request's own last token above, behind a prompt in four parts; all drafts are accepted."""
     steps = told(lambda: 4, [Job(random_prompt(256 - 12, 1), greedy(100))])
     assert [step.draft_caps for step in steps] == [[], [], [], [], [], [0], [0]]
+
+
+@pytest.mark.skipif(not emulated_cuda.wanted(), reason="on CUDA's platform alone")
+def test_the_flag_leaves_scheduling_asynchronous(tiny: Callable[..., str]) -> None:
+    """As it is without; before vLLM 0.28 draft models were an exception."""
+    arguments = EngineArgs(model=tiny(), dtype="float32", skip_tokenizer_init=True)
+    for speculative in (None, {"method": "selfspec"}, {"method": "selfspec"}, None):
+        arguments.speculative_config = speculative
+        assert arguments.create_engine_config().scheduler_config.async_scheduling
+    assert arguments.async_scheduling is None
+    arguments.speculative_config, arguments.async_scheduling = {"method": "selfspec"}, False
+    assert not arguments.create_engine_config().scheduler_config.async_scheduling
 
 
 @pytest.mark.skipif(not older_than(FIRST_WHOLE_VLLM), reason="not refused")
