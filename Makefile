@@ -150,6 +150,7 @@ oldest-vllm-test: $(OLDEST) $(OLDEST_CUDA)
 	echo "test 5/5: engine tests on vLLM $(OLDEST_CUDA_VLLM_VERSION), CUDA's platform played by the CPU, model runner V1"
 	SELFSPEC_EMULATED_CUDA=1 VLLM_USE_V2_MODEL_RUNNER=0 $(ENGINE_TESTS) $(V1_CUDA_TESTS) $(STRESS_TEST) \
 		$(addprefix tests/engine/test_,cuda_experts.py compat.py::test_min_tokens_waits_for_tokens_that_are_known \
+		distribution.py::test_distribution_under_a_grammar families.py::test_the_flag_leaves_scheduling_asynchronous \
 		families.py::test_a_vllm_before_the_first_whole_one_wants_a_gpu_and_runner_v1)
 
 clean:
