@@ -29,32 +29,31 @@ def broken() -> bool:
     return _miscounts_bonus_tokens() or _counts_placeholders()
 
 
-def _counts_placeholders() -> bool:
+def _wanting_three(output: list[int], stop: int) -> Any:
+    """A processor whose one request wants three tokens before `stop`."""
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
 
-    output = [7]
     processor = MinTokensLogitsProcessor(None, torch.device("cpu"), False)
-    entry = processor.add_request(SamplingParams(min_tokens=3, stop_token_ids=[1]), None, output)
-    assert entry is not None
+    processor.min_toks = {0: processor.add_request(SamplingParams(min_tokens=3, stop_token_ids=[stop]), None, output)}
+    return processor
+
+
+def _counts_placeholders() -> bool:
+    output = [7]
+    processor = _wanting_three(output, stop=1)
     output.extend([PLACEHOLDER, PLACEHOLDER])
-    processor.min_toks = {0: entry}
     processor.update_state(None)
     return not processor.min_toks
 
 
 def _miscounts_bonus_tokens() -> bool:
-    from vllm import SamplingParams
-    from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
     from vllm.v1.sample.logits_processor.state import LogitsProcessors
     from vllm.v1.sample.metadata import SamplingMetadata
     from vllm.v1.sample.sampler import Sampler
 
     stop, none = 1, torch.empty(0)
-    processor = MinTokensLogitsProcessor(None, torch.device("cpu"), False)
-    entry = processor.add_request(SamplingParams(min_tokens=3, stop_token_ids=[stop]), None, [7])
-    assert entry is not None
-    processor.min_toks = {0: entry}
+    processor = _wanting_three([7], stop)
     processor.logits_slice = (torch.tensor([0]), torch.tensor([stop]))
     metadata = SamplingMetadata(
         temperature=None,
